@@ -1,0 +1,38 @@
+# make run    set up .venv and run the miniature study (arguments: make run ARGS="--study.seeds [0,1,2]")
+# make test   set up .venv, check style and types, run the suite (arguments: make test ARGS="-k gram")
+# make venv   set-up alone
+PYTHON ?= python3
+ARGS ?=
+# Spinning OpenMP threads cost several times on shared cores.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+BIN := .venv/bin
+
+.PHONY: venv run test lint format clean
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "ogdopt needs Python 3.10-3.13, found " + sys.version.split()[0] + "; choose one with make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[harness,dev]'
+	touch $@
+
+run: venv
+	$(BIN)/python harness/run.py $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

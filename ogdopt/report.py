@@ -1,0 +1,93 @@
+"""What one two-gradient step did, read lazily so that watching costs no wait for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ogdopt.gram import Gram
+
+
+class Totals(NamedTuple):
+    """Gram numbers of the whole model as floats."""
+
+    ww: float
+    wl: float
+    ll: float
+
+
+class StepReport:
+    """What one step did. Numbers stay on the device until they are read, and reading one waits for the device."""
+
+    def __init__(self, blocks: Gram, a: Tensor, b: Tensor, losses: dict[str, Tensor], max_norm: float | None) -> None:
+        self.blocks = blocks
+        """Gram numbers, one entry a block of the scope (float64 tensors)."""
+        self.a, self.b = a, b
+        self.losses = losses
+        self.max_norm = max_norm
+        self.norm = blocks.norm(a, b)
+        self.skipped = False
+        """Whether the step was left out because a gradient or loss was not finite."""
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor that clipping multiplies the gradient by, shape ()."""
+        if self.max_norm is None:
+            return torch.ones_like(self.norm)
+        return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+
+    @property
+    def winner_loss(self) -> float | None:
+        """The loss that the winner's closure returned; None if it returned none. Several micro-batches add up."""
+        return self.losses["winner"].item() if "winner" in self.losses else None
+
+    @property
+    def loser_loss(self) -> float | None:
+        """The loss that the loser's closure returned; None if it returned none."""
+        return self.losses["loser"].item() if "loser" in self.losses else None
+
+    @property
+    def gram(self) -> Totals:
+        """ww, wl, ll of the whole model."""
+        return Totals(*(x.sum().item() for x in self.blocks[:3]))
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two gradients; 0.0 where one of them is zero or missing."""
+        return self.blocks.pooled([len(self.blocks.ww)]).cosine.item()
+
+    @property
+    def coefficients(self) -> tuple[float, float] | list[tuple[float, float]]:
+        """(a, b) of `a g_w + b g_l` before clipping; a list with one pair a block unless the scope is "global"."""
+        pairs = list(zip(self.a.tolist(), self.b.tolist()))
+        return pairs[0] if len(pairs) == 1 else pairs
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the mixed gradient before clipping."""
+        return self.norm.item()
+
+    @property
+    def projected_fraction(self) -> float:
+        """|a g_w + b g_l| / |g_w|: 1.0 where nothing was removed, 0.0 where all was (or g_w is zero)."""
+        ww = self.blocks.ww.sum().item()
+        return self.norm.item() / ww**0.5 if ww > 0 else 0.0
+
+    @property
+    def parallel(self) -> bool:
+        """Whether some block's winner gradient was dropped for being parallel to the loser's."""
+        return bool(((self.a == 0) & (self.blocks.ww > 0)).any())
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the norm was over `max_norm`."""
+        return self.max_norm is not None and self.norm.item() > self.max_norm
+
+    def __repr__(self) -> str:
+        losses = "".join(f"{k}_loss={v.item():.6g}, " for k, v in self.losses.items())
+        return (
+            f"StepReport({losses}cosine={self.cosine:.4f}, coefficients={self.coefficients}, grad_norm={self.grad_norm:.6g}, "
+            f"clipped={self.clipped}, skipped={self.skipped})"
+        )

@@ -1,0 +1,17 @@
+"""Shared fixtures: one thread, no network, and the repository's root on the path."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile("house", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("house")
