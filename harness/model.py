@@ -1,0 +1,180 @@
+"""The model and its tokenizer: load or build them, score completions, export a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from harness.config import ModelConfig
+from harness.files import replaced
+from ogdopt.losses import Completion
+
+SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TURNS = ["[INST]", "[/INST]"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+# Architectures that change the logits behind the head are scored through their own forward pass.
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of `config.tokenizer_type` on `texts` and save it, with its chat template, as `folder`.
+
+    "word": one token for each word between spaces; "bpe": byte-level pairs, which can write any text.
+    """
+    special = [*SPECIALS.values(), *TURNS]
+    size: dict[str, Any] = dict(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)
+    if config.tokenizer_type == "word":
+        raw = Tokenizer(models.WordLevel(unk_token=SPECIALS["unk_token"]))
+        raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        trainer: Any = trainers.WordLevelTrainer(**size)
+    else:
+        raw = Tokenizer(models.BPE(byte_fallback=False))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        trainer = trainers.BpeTrainer(**size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        additional_special_tokens=TURNS,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **SPECIALS,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with replaced(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+    return tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or the hub. Raises ValueError if it cannot be had or lacks an end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), mistral_format=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.tokenizer_name_or_path: no tokenizer at {str(name_or_path)!r} ({_first_line(error)}); expected "
+            "a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {str(name_or_path)!r} has no eos_token; expected one, since answers must be able to end"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+    return tokenizer
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
+    kind = str(config.architecture.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.architecture.model_type is {kind!r}; expected an architecture of transformers such as 'mistral', "
+            "'llama' or 'gpt2' (or set model.model_name_or_path)"
+        )
+    options = {k: v for k, v in config.architecture.items() if k != "model_type"}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(seed)
+    built = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **ids, **options)
+    model = AutoModelForCausalLM.from_config(built, **_attention(config))
+    model.generation_config.update(**ids)
+    return model.to(getattr(torch, config.dtype))
+
+
+def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel:
+    """Load a causal language model from a folder or the hub, its weights as `config.dtype`.
+
+    Raises ValueError if there is none.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.model_name_or_path: no causal language model at {str(name_or_path)!r} ({_first_line(error)}); "
+            "expected a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
+        ) from error
+
+
+def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it, and 6 drops the old name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        if enable is not None:
+            enable()
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train()  # type: ignore[arg-type]
+
+
+def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Completion:
+    """Log-probabilities of the scored tokens, (B, T - 1), nats in float32; column t belongs to token t + 1.
+
+    The arguments are a batch's, each (B, T). The head runs at the scored positions alone, so the logits are (scored tokens, V)
+    and never (B, T, V).
+    """
+    scored = loss_mask[:, 1:]
+    targets = input_ids[:, 1:][scored]
+    head = model.get_output_embeddings()
+    if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][scored]
+    else:
+        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        logits = head(hidden[:, :-1][scored])
+    values = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    logps = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
+    return Completion(logps.masked_scatter(scored, values), scored)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all."""
+    with replaced(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(title: str, base: str, recipe: dict[str, Any], figures: dict[str, float]) -> str:
+    """A model card in markdown: what this model is, how it was trained, and what was measured on the way."""
+    rows = "\n".join(f"| {k} | {v:.5g} |" for k, v in figures.items())
+    return f"""---
+library_name: transformers
+tags: [ogdopt, preference-tuning]
+---
+# {title}
+
+Trained from `{base}` with ogdopt. Recipe:
+
+```json
+{json.dumps(recipe, indent=2, sort_keys=True, default=str)}
+```
+
+| measured | value |
+|---|---|
+{rows}
+"""
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,369 @@
+"""The loop: collect the gradients of a batch, combine, clip, step, one metrics line; resumable at every step.
+
+One loop serves the supervised stage and every method. A step takes all micro-batches of one side, then all of the other, so
+that two gradients never mix in one accumulator, and only one graph is alive at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from harness import checkpoints
+from harness.config import StageConfig
+from harness.data import Example, Preferences, collate, order
+from harness.files import write_json
+from harness.methods import METHODS, Method
+from harness.model import completion_logps, export, model_card
+from ogdopt import PairedGradient, StepReport
+from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
+
+EVAL_BETA = 0.1
+"""Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Training was asked to stop, and its state is saved."""
+
+
+@dataclass
+class Job:
+    """One training run: what to train, on what, how, and where its files go."""
+
+    directory: Path
+    name: str
+    label: str
+    method: str
+    config: StageConfig
+    data: Preferences
+    held_out: Preferences | None
+    """Pairs whose log-probabilities are followed; None: none."""
+    beta: float | None = None
+    seed: int = 0
+    base: str = ""
+    """What the model starts from, for the model card."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    validation: Sequence[Example] = ()
+    """Held-out supervised examples whose loss is measured."""
+
+    def __post_init__(self) -> None:
+        if METHODS[self.method].pairwise and not self.data.paired:
+            raise ValueError(
+                f"method {self.method!r} compares two answers to one prompt, but the preference rows are unpaired (prompt, "
+                "completion, label); give pairs (prompt, chosen, rejected), or choose sft or ogd"
+            )
+
+    @property
+    def plan(self) -> Plan:
+        """Which rows make up which step."""
+        losers = self.data.losers if "loser" in METHODS[self.method].sides else []
+        return Plan(len(self.data.winners), len(losers), self.data.paired, self.config, self.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of every step, as a pure function of the step's number: a resumed run has nothing else to remember."""
+
+    winners: int
+    losers: int
+    paired: bool
+    config: StageConfig
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; unpaired sides of different size: the larger one's, and the smaller starts over."""
+        return math.ceil(max(self.winners, self.losers) / self.config.train_batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.steps_per_epoch * self.config.num_train_epochs
+        return min(total, self.config.max_steps) if self.config.max_steps > 0 else total
+
+    def rows(self, step: int) -> tuple[list[int], list[int]]:
+        """Indices of the winners and of the losers of a step (0, 1, ...)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        winners = self._slice(self.winners, epoch, position, 0)
+        if self.paired:
+            return winners, winners
+        return winners, self._slice(self.losers, epoch, position, 1) if self.losers else []
+
+    def _slice(self, n: int, epoch: int, position: int, side: int) -> list[int]:
+        size = self.config.train_batch_size
+        lap, position = divmod(position, math.ceil(n / size))
+        seed = self.seed if not side else self.seed + 1_000_003  # unpaired losers are shuffled on their own
+        return order(n, seed, epoch + 100_000 * lap)[position * size : (position + 1) * size]
+
+
+def train(job: Job, model: PreTrainedModel, tokenizer: Any, device: torch.device, bf16: bool = False) -> None:
+    """Run a job to its end, or continue it: metrics.jsonl, checkpoint/, model/epoch-n and, last, complete.json.
+
+    Raises Stopped after saving when the process is asked to stop (Ctrl-C, SIGTERM).
+    """
+    Trainer(job, model, tokenizer, device, bf16).run()
+
+
+class Trainer:
+    """The state of one training run while it lasts."""
+
+    def __init__(self, job: Job, model: PreTrainedModel, tokenizer: Any, device: torch.device, bf16: bool) -> None:
+        self.job, self.model, self.tokenizer, self.device = job, model, tokenizer, device
+        self.method: Method = METHODS[job.method]
+        self.plan = job.plan
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
+        config = job.config
+        options = dict(config.optimizer_args)
+        if config.optimizer in ("RMSprop", "Adam", "AdamW", "SGD"):
+            options.setdefault("foreach", False)  # the foreach step makes a temporary of the model's size
+        base = getattr(torch.optim, config.optimizer)(model.parameters(), lr=config.learning_rate, **options)
+        self.optimizer = PairedGradient(base, self.method.rule, max_norm=config.max_grad_norm)
+        warmup = config.warmup_steps if config.warmup_ratio is None else round(config.warmup_ratio * self.plan.steps)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.plan.steps)
+        self.metrics = job.directory / "metrics.jsonl"
+        self.reference: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start."""
+        job, plan = self.job, self.plan
+        job.directory.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(job.seed)
+        self.reference = self._reference()
+        progress = checkpoints.restore(job.directory / "checkpoint", self.model, self.optimizer, self.scheduler)
+        if progress is None:
+            progress = checkpoints.Progress()
+            self._truncate_metrics(0)
+            self._log({"step": 0, "epoch": 0.0} | self._measure())
+        else:
+            self._truncate_metrics(progress.metrics_bytes)
+        bar = tqdm(total=plan.steps, initial=progress.step, desc=job.label, unit="step", leave=False, dynamic_ncols=True)
+        with bar, stop_signals() as asked:
+            mark = time.perf_counter()
+            while progress.step < plan.steps:
+                line = self._step(progress.step)
+                progress.step += 1
+                mark, progress.seconds = time.perf_counter(), progress.seconds + time.perf_counter() - mark
+                bar.update()
+                bar.set_postfix({"loss": f"{line['loss']:.3f}"}, refresh=False)
+                epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
+                if epoch_ends or progress.step % self._eval_steps() == 0:
+                    line |= self._measure()
+                if epoch_ends or progress.step % job.config.logging_steps == 0 or "eval_loss" in line:
+                    self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
+                if epoch_ends:
+                    self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
+                due = job.config.save_steps and progress.step % job.config.save_steps == 0
+                if epoch_ends or due or asked:
+                    self._save(progress)
+                if asked:
+                    raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}")
+        done = {"steps": plan.steps, "epochs": math.ceil(plan.steps / plan.steps_per_epoch)}
+        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps}
+        write_json(job.directory / "complete.json", done)
+
+    # ---- one step ---------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> dict[str, float]:
+        began = time.perf_counter()
+        winners, losers = self.plan.rows(step)
+        sums: dict[str, Tensor] = {}
+        if self.method.pairwise:
+            self._collect_pairs(winners, sums)
+        else:
+            rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
+            for side in self.method.sides:
+                examples, indices = rows[side]
+                self._collect_side(side, [examples[i] for i in indices], sums)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        report: StepReport = self.optimizer.step()
+        self.scheduler.step()
+        return self._line(sums, report, learning_rate, time.perf_counter() - began)
+
+    def _collect_side(self, side: str, examples: list[Example], sums: dict[str, Tensor]) -> None:
+        """All micro-batches of one side: the gradient of the mean negative log-likelihood."""
+        name = {"winner": "chosen", "loser": "rejected"}[side]
+        with getattr(self.optimizer, side)():
+            for micro in chunks(examples, self.job.config.per_device_train_batch_size):
+                completion = self._score(micro)
+                loss = nll(completion, self.job.config.loss_reduction).sum() / len(examples)
+                loss.backward()
+                _add(sums, **{f"logps/{name}": completion.logp.mean() * len(micro) / len(examples)})
+                _add(sums, tokens=completion.length.sum())
+                if side == "winner":
+                    _add(sums, loss=loss)
+
+    def _collect_pairs(self, indices: list[int], sums: dict[str, Tensor]) -> None:
+        """All micro-batches of pairs: the gradient of the mean preference loss."""
+        data, beta = self.job.data, self.job.beta
+        entry = LOSSES[self.method.loss]
+        with self.optimizer.winner():
+            for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+                n = len(micro)
+                both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
+                chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
+                pairs = Pairs(chosen, rejected)
+                if entry.reference:
+                    A, B = (self.reference[f"train_{side}"][micro].to(self.device) for side in ("chosen", "rejected"))
+                    pairs = Pairs(chosen, rejected, A, B)
+                loss = entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices)
+                loss.backward()
+                share = n / len(indices)
+                _add(sums, loss=loss, tokens=both.length.sum())
+                _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
+                if entry.reference and beta is not None:
+                    ratios = pairs.log_ratios()
+                    _add(sums, **{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+
+    def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
+        on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
+        batch = collate(examples, self.tokenizer.pad_token_id, on_prompt).to(self.device)
+        with self.autocast:
+            return completion_logps(self.model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+
+    def _line(self, sums: dict[str, Tensor], report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
+        line = {name: float(value) for name, value in sums.items()}
+        tokens = line.pop("tokens")
+        line |= {"learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens_per_second": tokens / seconds}
+        if report.skipped:
+            line["skipped"] = 1.0
+        if set(self.method.sides) == {"winner", "loser"} and not self.method.pairwise:
+            coefficient = report.coefficients
+            assert isinstance(coefficient, tuple)
+            line |= {
+                "ogd/cosine": report.cosine,
+                "ogd/coefficient": -coefficient[1],
+                "ogd/projected_fraction": report.projected_fraction,
+                "ogd/norm_chosen": report.gram.ww**0.5,
+                "ogd/norm_rejected": report.gram.ll**0.5,
+                "ogd/parallel": float(report.parallel),
+            }
+        return line
+
+    # ---- what is measured on held-out rows --------------------------------------------------------------------------------
+
+    def _logps(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """(sums over tokens, numbers of tokens) of the completions, each (N,), on the CPU, without gradients."""
+        sums, lengths = [], []
+        with torch.no_grad():
+            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
+                completion = self._score(micro, on_prompt=False)
+                sums.append(completion.logp.cpu())
+                lengths.append(completion.length.cpu())
+        return torch.cat(sums), torch.cat(lengths)
+
+    def _reference(self) -> dict[str, Tensor]:
+        """Log-probabilities of the starting model, computed once and kept beside the run."""
+        file = self.job.directory / "reference.safetensors"
+        if file.is_file():
+            return load_file(file)
+        found: dict[str, Tensor] = {}
+        if self.method.pairwise and LOSSES[self.method.loss].reference:
+            found["train_chosen"] = self._logps(self.job.data.winners)[0]
+            found["train_rejected"] = self._logps(self.job.data.losers)[0]
+        if self.job.held_out is not None:
+            found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
+            found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
+        if found:
+            temporary = file.with_suffix(".tmp")
+            save_file(found, temporary)
+            os.replace(temporary, file)
+        return found
+
+    def _measure(self) -> dict[str, float]:
+        """TRL's names with the prefix eval_: log-probabilities of held-out answers, and rewards against step 0."""
+        line: dict[str, float] = {}
+        if self.job.validation:
+            total, tokens = self._logps(self.job.validation)
+            line["eval_loss"] = -(total.sum() / tokens.sum()).item()
+        held_out = self.job.held_out
+        if held_out is None:
+            return line
+        (a, n_w), (b, n_l) = self._logps(held_out.winners), self._logps(held_out.losers)
+        line |= {"eval_logps/chosen": a.mean().item(), "eval_logps/rejected": b.mean().item()}
+        line |= {"eval_logps_mean/chosen": (a / n_w).mean().item(), "eval_logps_mean/rejected": (b / n_l).mean().item()}
+        A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
+        if held_out.paired:
+            line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
+            one = torch.ones(len(a), 1)
+            pairs = Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B)
+            line["eval_dpo_loss"] = dpo(pairs, beta=EVAL_BETA).mean().item()
+        return line
+
+    # ---- files ------------------------------------------------------------------------------------------------------------
+
+    def _eval_steps(self) -> int:
+        return self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
+
+    def _log(self, line: dict[str, float]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _truncate_metrics(self, size: int) -> None:
+        """Forget the lines behind the checkpoint: those steps are taken again."""
+        with self.metrics.open("ab") as file:
+            file.truncate(size)
+
+    def _save(self, progress: checkpoints.Progress) -> None:
+        progress.metrics_bytes = self.metrics.stat().st_size
+        checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler)
+
+    def _export(self, epoch: int, line: dict[str, float]) -> None:
+        figures = {k: v for k, v in line.items() if k.startswith("eval_")}
+        card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
+        export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card)
+
+
+def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:
+    """TRL's reward metrics from log-ratios (a - A, b - B), each (B,): batch means of shape ()."""
+    return {
+        "rewards/chosen": beta * chosen.mean(),
+        "rewards/rejected": beta * rejected.mean(),
+        "rewards/margins": beta * (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+    }
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Consecutive parts of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals can be handled in the main thread alone; elsewhere its handlers stay
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _add(sums: dict[str, Tensor], **values: Tensor) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()

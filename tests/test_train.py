@@ -1,0 +1,190 @@
+"""The loop: gradients by definition, accumulation, resume, what is measured, what is refused."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from harness.data import Preferences, collate
+from harness.methods import METHODS, runs
+from harness.model import completion_logps, prepare
+from harness.train import Job, Plan, Stopped, Trainer, train
+from tests import small
+from tests.gradients import reference
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return small.tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+def job(folder, tok, method="ogd", data=None, **changes):
+    data = data or small.preferences(tok)
+    beta = 0.5 if METHODS[method].beta else None
+    held_out = small.preferences(tok, seed=5)
+    return Job(folder, method, method, method, small.stage(**changes), data, held_out, beta=beta, seed=1)
+
+
+def run(folder, tok, method="ogd", seed=0, **changes):
+    model = prepare(small.model(tok, seed), small.MODEL, torch.device("cpu"))
+    train(job(folder, tok, method, **changes), model, tok, torch.device("cpu"))
+    return model
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_first_ogd_step_is_definition_4_1(tok, tmp_path):
+    """Sum over tokens, mean over sequences, project, RMSprop: against autograd and the float64 reference."""
+    model, expected = small.model(tok), small.model(tok)
+    trainer = Trainer(job(tmp_path, tok, warmup_steps=0, per_device_train_batch_size=2), model, tok, torch.device("cpu"), False)
+    winners, losers = trainer.plan.rows(0)
+    rows = small.preferences(tok)
+    sides = [[rows.winners[i] for i in winners], [rows.losers[i] for i in losers]]
+    w, x = (
+        torch.autograd.grad(-completion_logps(expected, *collate(s, tok.pad_token_id)).logp.mean(), list(expected.parameters()))
+        for s in sides
+    )
+    base = torch.optim.RMSprop(expected.parameters(), lr=1e-3, foreach=False)
+    for p, u in zip(expected.parameters(), reference(list(w), list(x), max_norm=10.0)):
+        p.grad = u.to(p.dtype)
+    base.step()
+    line = trainer._step(0)
+    torch.testing.assert_close(small.vector(model), small.vector(expected), rtol=1e-4, atol=1e-5)
+    assert line["ogd/projected_fraction"] <= 1 and line["logps/chosen"] < 0 and line["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_make_no_difference(method, tok, tmp_path):
+    whole = run(tmp_path / "1", tok, method, per_device_train_batch_size=4)
+    parts = run(tmp_path / "2", tok, method, per_device_train_batch_size=2)
+    torch.testing.assert_close(small.vector(whole), small.vector(parts), rtol=1e-3, atol=2e-5)
+    for x, y in zip(lines(tmp_path / "1"), lines(tmp_path / "2")):
+        assert x.keys() == y.keys()
+        assert all(x[k] == pytest.approx(y[k], rel=2e-2, abs=1e-3) for k in x if k != "tokens_per_second")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_run(method, tok, tmp_path):
+    assert torch.equal(small.vector(run(tmp_path / "1", tok, method)), small.vector(run(tmp_path / "2", tok, method)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_bit_for_bit(method, tok, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an epoch saves and raises Stopped; the continued run equals an undisturbed one."""
+    whole = run(tmp_path / "whole", tok, method)
+    step = Trainer._step
+
+    def interrupted(self, k):
+        if k == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, k)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(Stopped, match="saved at step 4 of 6"):
+        run(tmp_path / "cut", tok, method)
+    assert not (tmp_path / "cut" / "complete.json").exists()
+    monkeypatch.setattr(Trainer, "_step", step)
+    cut = run(tmp_path / "cut", tok, method, seed=99)
+    assert torch.equal(small.vector(cut), small.vector(whole))
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]  # noqa: E731
+    assert drop(lines(tmp_path / "cut")) == drop(lines(tmp_path / "whole"))
+
+
+def test_a_killed_run_takes_the_lost_steps_again(tok, tmp_path, monkeypatch):
+    """What was logged behind the last checkpoint is forgotten with the steps themselves."""
+    whole = run(tmp_path / "whole", tok)
+    step = Trainer._step
+
+    def killed(self, k):
+        if k == 5:
+            raise MemoryError
+        return step(self, k)
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "cut", tok)
+    assert lines(tmp_path / "cut")[-1]["step"] == 5
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert torch.equal(small.vector(run(tmp_path / "cut", tok)), small.vector(whole))
+    assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(7))
+
+
+def test_dpo_starts_at_ln_2_and_ogd_raises_the_winners(tok, tmp_path):
+    run(tmp_path / "dpo", tok, "dpo", num_train_epochs=20)
+    run(tmp_path / "ogd", tok, "ogd", num_train_epochs=20)
+    dpo, ogd = lines(tmp_path / "dpo"), lines(tmp_path / "ogd")
+    assert dpo[1]["loss"] == pytest.approx(math.log(2), abs=1e-6) and dpo[1]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    for found in (dpo, ogd):
+        assert found[0]["eval_dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert found[-1]["eval_dpo_loss"] < found[0]["eval_dpo_loss"] and found[-1]["eval_rewards/margins"] > 0
+    assert ogd[-1]["eval_logps/chosen"] > ogd[0]["eval_logps/chosen"] + 1
+
+
+def test_files_of_a_finished_run(tok, tmp_path):
+    run(tmp_path, tok, "dpo", save_steps=2)
+    done = json.loads((tmp_path / "complete.json").read_text())
+    assert (done["steps"], done["epochs"], done["skipped_steps"]) == (6, 2, 0) and done["seconds"] > 0
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["epoch-1", "epoch-2"]
+    card = (tmp_path / "model" / "epoch-2" / "README.md").read_text()
+    assert "eval_rewards/margins" in card and "library_name: transformers" in card
+    names = {"loss", "learning_rate", "grad_norm", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"}
+    names |= {"rewards/margins", "rewards/accuracies", "tokens_per_second", "step", "epoch"}
+    assert names <= set(lines(tmp_path)[1])
+
+
+def test_unpaired_rows_train_ogd_and_refuse_dpo(tok, tmp_path):
+    data = small.preferences(tok, paired=False)
+    assert len(data.winners) == 2 * len(data.losers)
+    run(tmp_path, tok, "ogd", data=data)
+    assert lines(tmp_path)[-1]["step"] == 6
+    with pytest.raises(ValueError, match="'dpo' compares two answers to one prompt, but the preference rows are unpaired"):
+        job(tmp_path, tok, "dpo", data=data)
+
+
+def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, monkeypatch):
+    poison = Trainer._collect_side
+
+    def poisoned(self, side, examples, sums):
+        poison(self, side, examples, sums)
+        if self.scheduler.last_epoch == 2:
+            next(iter(self.optimizer._box[side].values())).fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "_collect_side", poisoned)
+    run(tmp_path, tok)
+    assert json.loads((tmp_path / "complete.json").read_text())["skipped_steps"] == 1
+    assert [line["step"] for line in lines(tmp_path) if line.get("skipped")] == [3]
+
+
+def test_every_row_is_seen_once_an_epoch():
+    plan = Plan(10, 10, True, small.stage(train_batch_size=4, num_train_epochs=3), seed=0)
+    assert (plan.steps_per_epoch, plan.steps) == (3, 9)
+    for epoch in range(3):
+        assert sorted(i for k in range(3) for i in plan.rows(3 * epoch + k)[0]) == list(range(10))
+    assert plan.rows(0) == plan.rows(0) and plan.rows(0) != plan.rows(3)
+
+
+def test_the_smaller_unpaired_side_starts_over():
+    plan = Plan(12, 5, False, small.stage(train_batch_size=4, num_train_epochs=1), seed=0)
+    losers = [plan.rows(k)[1] for k in range(3)]
+    assert sorted(losers[0] + losers[1]) == list(range(5)) and len(losers[2]) == 4
+
+
+def test_runs_of_a_study():
+    assert [r.label for r in runs(["ogd", "dpo"], [0.2, 0.05])] == ["OGD", "DPO β=0.2", "DPO β=0.05"]
+    with pytest.raises(ValueError, match=r"\['odg'\]; expected different names out of sft, dpo, ogd"):
+        runs(["odg"], [0.1])
+    with pytest.raises(ValueError, match="expected one or more different positive"):
+        runs(["dpo"], [0.1, -1])
+
+
+def test_no_validation_without_held_out_rows(tok, tmp_path):
+    model = prepare(small.model(tok), small.MODEL, torch.device("cpu"))
+    rows = small.preferences(tok)
+    plain = Job(tmp_path, "s", "s", "sft", small.stage(train_on_prompt=True), Preferences(rows.winners, [], False), None)
+    train(plain, model, tok, torch.device("cpu"))
+    assert lines(tmp_path)[0] == {"step": 0, "epoch": 0.0}
