@@ -1,0 +1,1 @@
+"""The benchmark harness: full preference-tuning runs, and what they forget."""

@@ -1,7 +1,8 @@
 """Configuration of a study: frozen dataclasses, read from YAML and dotted overrides by jsonargparse.
 
 Dataclass defaults are the paper's recipe (Mistral-7B, SPEC of paper 000, appendix A.2); the recipes in
-`harness/recipes/` say what differs. Paths may hold `{data}`, which stands for the study's own data folder.
+`harness/recipes/` say what differs. Paths may hold `{data}`, which stands for the study's own data folder, and
+`{data_dir}`, for yours.
 """
 
 from __future__ import annotations
@@ -85,14 +86,15 @@ class DataConfig:
     """One data set: where its rows are, what its columns are called, what happens to unusable rows."""
 
     train: list[str] = field(default_factory=list)
-    """JSONL files (also .gz), folders or hub ids with the training rows."""
+    """Training rows: JSONL files (also .gz), .json, .parquet, folders of these, or hub ids `owner/name[:configuration]`."""
     eval: list[str] = field(default_factory=list)
     """The same for held-out rows; empty: no held-out measurements."""
     train_split: str = "train"
     eval_split: str = "test"
     """Splits that are read from hub data sets."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our column name -> the name in the file, e.g. {chosen: accepted}; never guessed."""
+    """Our column name -> the name in the files, e.g. {chosen: accepted}; never guessed. `a|b` takes the first that a row has;
+    a mapped `input` (Alpaca) is put below the prompt."""
     max_length: int = 4096
     """Longest prompt plus completion, in tokens."""
     max_prompt_length: int = 2048
@@ -232,6 +234,8 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    data_dir: str | None = None
+    """Folder that `{data_dir}` in paths stands for, so that a recipe can name files without knowing where they are."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     threads: int | None = None
@@ -258,7 +262,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     )
     parser.add_argument("--config", action="config", help="YAML recipe; options behind it override it")
     parser.add_class_arguments(Config)
-    found = parser.instantiate_classes(parser.parse_args(_bracketed(given)))
+    found = parser.instantiate(parser.parse_args(_bracketed(given)))
     return Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
 
 

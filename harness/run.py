@@ -27,9 +27,8 @@ from harness.train import Stopped
 
 def main() -> int:
     """Run a study; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
-    config = parse()
     try:
-        run(config)
+        run(parse())
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise
@@ -54,7 +53,12 @@ def run(config: Config) -> None:
         study.supervised()
         for spec in study.specs:
             study.method(spec)
-    print_table(write_report(config.study.directory, config.report))
+    if config.evals.tasks or config.evals.lm_eval_tasks:
+        print_table(write_report(config.study.directory, config.report))
+    else:
+        print(
+            f"no benchmark was asked for (evals.tasks, evals.lm_eval_tasks), so there is no report; see {config.study.directory}"
+        )
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def located(config: Config, data: str, seed: int) -> Config:
 
     def filled(value: Any) -> Any:
         if isinstance(value, str):
-            return value.replace("{data}", data)
+            if "{data_dir}" in value and config.data_dir is None:
+                raise ValueError(f"a path of this recipe is {value!r}; say which folder {{data_dir}} is with --data_dir FOLDER")
+            return value.replace("{data}", data).replace("{data_dir}", config.data_dir or "")
         return [filled(v) for v in value] if isinstance(value, list) else value
 
     def data_of(stage: Any) -> Any:

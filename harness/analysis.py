@@ -1,0 +1,356 @@
+"""What a study's outcomes say: TAX of every run and epoch, the best epochs, the comparison at matched preference learning.
+
+Runs are compared twice: each at its best epoch (the paper's Table 1) and, because a model that learned less preference
+also forgets less, at matched preference learning: the highest level L that every run of a seed reaches at some epoch,
+where each run counts at the first epoch that reaches L.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.runs import Evaluation, Run, SeedRuns, Study
+from harness.tables import interval, listing, number, p_text, percent
+from harness.tax import Reduction, Tax, combine, compare, difference, reduction, unanswered
+
+WAYS = ("direct", "cloze", "generate")
+ASKED = {"direct": "asked directly", "cloze": "asked by cloze", "generate": "asked to answer freely"}
+STYLE, ACCURACY = "style rate", "held-out preference accuracy"
+EPSILON = 1e-9
+Epochs = Mapping[str, Mapping[int, int]]  # run -> seed -> epoch
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One run of one seed after one epoch. Changes are against step 0, in nats a token."""
+
+    epoch: int
+    style: float | None
+    style_n: int
+    accuracy: float | None  # held-out preference accuracy
+    chosen_change: float | None
+    rejected_change: float | None
+    tax: dict[str, Tax]
+    seconds: float | None  # the evaluation took
+
+    def skill(self, criterion: str | None) -> float | None:
+        """Preference learning by the study's criterion."""
+        return {STYLE: self.style, ACCURACY: self.accuracy, None: None}[criterion]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """TAX of one run minus another's, in points: mean over seeds with its interval, and each seed's value."""
+
+    value: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+    reduction: Reduction | None
+
+    @property
+    def clear(self) -> bool:
+        """More than noise: 0 lies outside the interval, and every seed has the same sign."""
+        return (min(self.seeds) > 0 and self.low > 0) or (max(self.seeds) < 0 and self.high < 0)
+
+    def __str__(self) -> str:
+        seeds = f"; seeds {', '.join(number(v, sign=True) for v in self.seeds)}" if len(self.seeds) > 1 else ""
+        return f"{number(self.value, sign=True)} points {interval(self.low, self.high)}{seeds}"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All runs, seeds and epochs of a study, measured."""
+
+    study: Study
+    references: dict[int, Evaluation]
+    points: dict[str, dict[int, dict[int, Point]]]  # run -> seed -> epoch
+    ways: list[str]
+    criterion: str | None  # what preference learning is measured by; None: nothing measured it
+    levels: dict[int, float]
+    best: dict[str, dict[int, int]]
+    matched: dict[str, dict[int, int]]
+    warnings: list[str]
+
+    def label(self, name: str) -> str:
+        """The run's name for readers."""
+        return self.study.runs[name].label
+
+    def at(self, name: str, epochs: Epochs, seeds: Iterable[int] | None = None) -> list[Point]:
+        """The run's points at the chosen epochs, one a seed."""
+        wanted = set(epochs[name] if seeds is None else seeds)
+        return [self.points[name][seed][epoch] for seed, epoch in epochs[name].items() if seed in wanted]
+
+    def tax(self, name: str, epochs: Epochs, way: str, seeds: Iterable[int] | None = None) -> Tax | None:
+        """TAX at the chosen epochs, over seeds; None where it was not measured in this way."""
+        taxes = [point.tax[way] for point in self.at(name, epochs, seeds) if way in point.tax]
+        return combine(taxes) if taxes else None
+
+    def contrast(self, a: str, b: str, way: str, epochs: Epochs | None = None) -> Contrast | None:
+        """TAX of run a minus run b over the seeds that have both, by default at matched preference learning."""
+        epochs = epochs or self.matched
+        common = [s for s in epochs[a] if s in epochs[b] and all(way in self.points[r][s][epochs[r][s]].tax for r in (a, b))]
+        ours, theirs = self.tax(a, epochs, way, common), self.tax(b, epochs, way, common)
+        if ours is None or theirs is None:
+            return None
+        seeds = tuple(x - y for x, y in zip(ours.seeds, theirs.seeds))
+        return Contrast(*difference(ours, theirs), seeds, reduction(ours, theirs))
+
+    @property
+    def shared_seeds(self) -> list[int]:
+        """Seeds in which every run is finished."""
+        return [seed for seed in self.references if all(seed in seeds for seeds in self.points.values())]
+
+    def ranking(self, way: str) -> list[tuple[str, Tax]]:
+        """Runs by TAX at matched preference learning, least forgetting first, over the seeds in which all are finished."""
+        taxes = [(name, self.tax(name, self.matched, way, self.shared_seeds or None)) for name in self.matched]
+        return sorted(((name, t) for name, t in taxes if t is not None), key=lambda item: -item[1].value)
+
+
+def measure(study: Study, samples: int = 10_000, confidence: float = 0.95) -> Comparison:
+    """Compute every TAX and choose the epochs. Raises ValueError where models answered different questions."""
+    references: dict[int, Evaluation] = {}
+    points: dict[str, dict[int, dict[int, Point]]] = {name: {} for name in study.runs}
+    warnings: list[str] = []
+    for seed in study.seeds:
+        references[seed.seed] = Evaluation.read(seed.reference)
+        where = f"seed {seed.seed}: " if len(study.seeds) > 1 else ""
+        found, said = _measure_seed(seed, references[seed.seed], samples, confidence)
+        warnings += [where + warning for warning in said]
+        for name, curve in found.items():
+            points[name][seed.seed] = curve
+    every = [p for seeds in points.values() for curve in seeds.values() for p in curve.values()]
+    criterion = next((c for c in (STYLE, ACCURACY) if all(p.skill(c) is not None for p in every)), None)
+    best = {name: {seed: _best_epoch(curve, criterion) for seed, curve in seeds.items()} for name, seeds in points.items()}
+    levels = _levels(points, criterion)
+    matched = {
+        name: {seed: _first_epoch(curve, criterion, levels.get(seed)) for seed, curve in seeds.items()}
+        for name, seeds in points.items()
+    }
+    asked = {way for p in every for way in p.tax}
+    ways = [*(w for w in WAYS if w in asked), *sorted(asked - set(WAYS))]
+    return Comparison(study, references, points, ways, criterion, levels, best, matched, warnings)
+
+
+def _measure_seed(
+    seed: SeedRuns, reference: Evaluation, samples: int, confidence: float
+) -> tuple[dict[str, dict[int, Point]], list[str]]:
+    models = {
+        f"{name}/{epoch}": Evaluation.read(path) for name, run in seed.runs.items() for epoch, path in run.evaluations.items()
+    }
+    warnings = [
+        f"{name} was evaluated with other settings than the supervised model: {model.settings} against {reference.settings}"
+        for name, model in models.items()
+        if model.settings != reference.settings
+    ]
+    taxes: dict[str, dict[str, Tax]] = {}
+    for way in reference.ways:
+        skip = unanswered(reference, way)
+        if any(way in ways and task not in skip for task, ways in reference.tasks.items()):
+            # another generator a seed: averages over seeds need independent draws
+            taxes[way] = compare(reference, models, way, samples, confidence, seed.seed, skip)
+            warnings += next(iter(taxes[way].values())).warnings
+        else:
+            warnings.append(f"no TAX {ASKED.get(way, way)}: the supervised model answers no item of {listing(skip)}")
+        warnings += [f"the supervised model answers no item of {task!r} ({way}), so its ratio is undefined" for task in skip]
+    curves = {
+        name: {
+            epoch: _point(
+                run, epoch, models[f"{name}/{epoch}"], {way: found[f"{name}/{epoch}"] for way, found in taxes.items()}
+            )
+            for epoch in run.evaluations
+        }
+        for name, run in seed.runs.items()
+    }
+    return curves, warnings
+
+
+def _point(run: Run, epoch: int, model: Evaluation, tax: dict[str, Tax]) -> Point:
+    def change(key: str) -> float | None:
+        now, start = run.at_epoch(key, epoch), run.at_epoch(key, 0)
+        return None if now is None or start is None else now - start
+
+    style = model.style or {}
+    return Point(
+        epoch,
+        style.get("chosen_rate"),
+        int(style.get("n") or 0),
+        run.at_epoch("eval_rewards/accuracies", epoch),
+        change("eval_logps_mean/chosen"),
+        change("eval_logps_mean/rejected"),
+        tax,
+        model.seconds,
+    )
+
+
+def _best_epoch(curve: Mapping[int, Point], criterion: str | None) -> int:
+    """Most preference learning, then the higher preference accuracy, then the earlier epoch; the last epoch if unmeasured."""
+    if criterion is None:
+        return max(curve)
+    return max(curve.values(), key=lambda p: (p.skill(criterion), p.accuracy if p.accuracy is not None else 0, -p.epoch)).epoch
+
+
+def _levels(points: Mapping[str, Mapping[int, Mapping[int, Point]]], criterion: str | None) -> dict[int, float]:
+    """For each seed the highest preference learning that all of its runs reach at some epoch."""
+    tops: dict[int, list[float]] = {}
+    for seeds in points.values():
+        for seed, curve in seeds.items():
+            tops.setdefault(seed, []).append(max((p.skill(criterion) or 0.0) for p in curve.values()))
+    return {} if criterion is None else {seed: min(values) for seed, values in sorted(tops.items())}
+
+
+def _first_epoch(curve: Mapping[int, Point], criterion: str | None, level: float | None) -> int:
+    if level is None:
+        return max(curve)
+    return min(epoch for epoch, p in curve.items() if (p.skill(criterion) or 0.0) >= level - EPSILON)
+
+
+def headline(found: Comparison) -> list[str]:
+    """What the numbers say, in sentences: computed, also where the answer is 'noise' or 'another method won'."""
+    if not found.ways:
+        return ["No TAX could be computed; see the warnings."]
+    return [*_who_won(found, found.ways[0]), *_other_ways(found), *_doubts(found)]
+
+
+def _setting(found: Comparison) -> str:
+    if found.criterion is None:
+        return "At the last epoch (preference learning was not measured, so this is not a fair comparison)"
+    levels = listing([percent(level) for level in found.levels.values()])
+    return f"At matched preference learning ({found.criterion} at least {levels}{', by seed' if len(found.levels) > 1 else ''})"
+
+
+def _scored(found: Comparison, name: str, t: Tax) -> str:
+    return f"{found.label(name)} (TAX {number(t.value, unit='%')} {interval(t.low, t.high)})"
+
+
+def _least(found: Comparison, way: str) -> str:
+    (winner, t), *others = found.ranking(way)
+    alike = [found.label(name) for name, _ in others if (c := found.contrast(winner, name, way)) is None or not c.clear]
+    noise = f"; within noise of it: {listing(alike)}" if alike else ""
+    if not others:
+        return f"the only run, {_scored(found, winner, t)}"
+    return f"{_scored(found, winner, t)} forgot least{noise}"
+
+
+def _who_won(found: Comparison, way: str) -> Iterator[str]:
+    ranking = found.ranking(way)
+    ranked = dict(ranking)
+    yield f"{_setting(found)}, {ASKED.get(way, way)}: {_least(found, way)}."
+    runs = found.study.runs
+    ogd, dpo, winners = ([name for name, _ in ranking if runs[name].method == m] for m in ("ogd", "dpo", "sft"))
+    for mine in ogd[:1]:
+        if dpo:
+            yield _against(found, mine, dpo[0], way, "every DPO run; against the mildest" if len(dpo) > 1 else "DPO; against")
+        if winners:
+            yield _against(found, mine, winners[0], way, "winners-only training,")
+        t = ranked[mine]
+        noise = "no more than" if not t.detectable else "more than"
+        yield (
+            f"{found.label(mine)} lost {noise} what two equally good models seem to lose by chance "
+            f"(they score {number(t.null_mean, unit='%')} on average; {p_text(t.p_value)})."
+        )
+
+
+def _against(found: Comparison, mine: str, other: str, way: str, whom: str) -> str:
+    contrast = found.contrast(mine, other, way)
+    if contrast is None:
+        return f"{found.label(mine)} and {found.label(other)} share no finished seed, so they cannot be compared."
+    if not contrast.clear:
+        return f"{found.label(other)} does as well as {found.label(mine)}, within noise: {found.label(mine)} scores {contrast}."
+    if contrast.value < 0:
+        return f"{found.label(mine)} does not win: {found.label(other)} forgot less; {found.label(mine)} scores {contrast}."
+    text = f"{found.label(mine)} forgot less than {whom} ({found.label(other)}) by {contrast}"
+    share = contrast.reduction
+    if share is None:
+        return f"{text}."
+    return (
+        f"{text}; that is {percent(share.value)} less {interval(100 * share.low, 100 * share.high, 1)}, where a model that "
+        f"forgot nothing would show {percent(share.ceiling)} on average."
+    )
+
+
+def _other_ways(found: Comparison) -> Iterator[str]:
+    for way in found.ways[1:]:
+        yield f"The same models {ASKED.get(way, way)}: {_least(found, way)}."
+
+
+def _doubts(found: Comparison) -> Iterator[str]:
+    weak: dict[int, str] = {}
+    for seed, level in found.levels.items():
+        start = (found.references[seed].style or {}).get("chosen_rate") if found.criterion == STYLE else 0.5
+        if level < max(0.5, start or 0.0):
+            tops = {name: found.points[name][seed][epochs[seed]] for name, epochs in found.best.items() if seed in epochs}
+            weak[seed] = min(tops, key=lambda name, tops=tops: tops[name].skill(found.criterion) or 0.0)
+    if weak:
+        slowest = listing(list(dict.fromkeys(found.label(name) for name in weak.values())))
+        yield (
+            f"The matched level is low because {slowest} hardly learned the preference"
+            f"{'' if len(found.levels) == 1 else f' (seed {listing([str(s) for s in weak])})'}: "
+            "compare the runs at their best epochs too."
+        )
+    if len(found.shared_seeds) < len(found.references):
+        shared = listing([str(seed) for seed in found.shared_seeds])
+        yield (
+            f"Not every run is finished in every seed; runs are ranked over seed {shared}, the tables hold all finished runs."
+            if shared
+            else "No seed has every run finished: the means are over different seeds, so their order may be chance."
+        )
+    if len(found.references) == 1:
+        yield "One seed: the intervals hold the chance of the test items, not that of training again."
+
+
+def results_of(found: Comparison) -> dict[str, Any]:
+    """All numbers of the comparison as plain data that JSON can hold (NaN becomes null), for results.json."""
+
+    def chosen(name: str, epochs: Epochs) -> dict[str, Any]:
+        points = found.at(name, epochs)
+        keys = ("epoch", "style", "accuracy", "chosen_change", "rejected_change")
+        taxes = {way: found.tax(name, epochs, way) for way in found.ways}
+        return {"seeds": list(epochs[name]), **{key: [getattr(p, key) for p in points] for key in keys}, "tax": taxes}
+
+    runs = {
+        name: {
+            "label": run.label,
+            "method": run.method,
+            "beta": run.beta,
+            "best": chosen(name, found.best),
+            "matched": chosen(name, found.matched),
+            "tax_minus_at_matched": {o: found.contrast(name, o, w) for w in found.ways[:1] for o in found.points if o != name},
+            "epochs": found.points[name],
+        }
+        for name, run in found.study.runs.items()
+    }
+    supervised = {
+        seed: {
+            "file": reference.file,
+            "style": (reference.style or {}).get("chosen_rate"),
+            "accuracy": {task: {way: a.accuracy for way, a in ways.items()} for task, ways in reference.tasks.items()},
+        }
+        for seed, reference in found.references.items()
+    }
+    return {
+        "study": found.study.directory.name,
+        "warnings": found.warnings,
+        "incomplete": found.study.incomplete,
+        "criterion": found.criterion,
+        "levels": _plain(found.levels),
+        "supervised": _plain(supervised),
+        "runs": _plain(runs),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, named tuples and arrays of numbers as JSON's types; bootstrap draws are left out."""
+    if (as_dict := getattr(value, "_asdict", None)) is not None:
+        value = as_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

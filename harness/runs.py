@@ -1,0 +1,266 @@
+"""Reading a study's directory: which runs are finished, what they logged, what their models answered.
+
+    runs/<study>/config.yaml
+    runs/<study>/seed-<k>/supervised/             the reference: evals/epoch-<last>.json
+    runs/<study>/seed-<k>/<run>/                  config.yaml, metrics.jsonl, model/epoch-<n>, evals/epoch-<n>.json,
+                                                  complete.json (written last)
+
+A run without `complete.json`, or with an epoch that was not evaluated, is named in `Study.incomplete` and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+NOT_RUNS = {"data", "tokenizer", "supervised"}
+NUMBERED = re.compile(r"(?:seed|epoch)-(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """One task asked in one way: `outcomes[j]` says whether item j was answered correctly."""
+
+    outcomes: np.ndarray  # (n,) bool
+    doc_hashes: tuple[str, ...]  # (n,) which question item j was
+    chance: float = 0.0
+    strata: np.ndarray | None = None  # (n,) e.g. MMLU's subjects
+    margins: np.ndarray | None = None  # (n,) log-prob of the right choice minus the best other, nats
+
+    @property
+    def accuracy(self) -> float:
+        """Share of items answered correctly."""
+        return float(self.outcomes.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluated model: `tasks[name][way]` are its answers; the other fields are shown in reports."""
+
+    file: str
+    tasks: dict[str, dict[str, Answers]]
+    families: dict[str, str] = field(default_factory=dict)
+    style: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Evaluation:
+        """Read `evals/epoch-<n>.json`. Raises ValueError where the file is not one, or an outcome is not 0 or 1."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            tasks = {
+                task: {way: _answers(answers, f"{path}: task {task!r} ({way})") for way, answers in found["ways"].items()}
+                for task, found in raw["tasks"].items()
+            }
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a readable evaluation ({error!r}); expected the file that the evaluation stage writes: "
+                "delete it and evaluate this model again"
+            ) from error
+        families = {task: str(found.get("family") or "") for task, found in raw["tasks"].items()}
+        return cls(str(path), tasks, families, raw.get("style"), raw.get("settings") or {}, raw.get("seconds"))
+
+    @property
+    def ways(self) -> list[str]:
+        """The ways in which at least one task was asked, in the order of the file."""
+        return list(dict.fromkeys(way for ways in self.tasks.values() for way in ways))
+
+
+def _answers(raw: dict[str, Any], where: str) -> Answers:
+    outcomes = np.asarray(raw["outcomes"], dtype=float)
+    if outcomes.ndim != 1 or not len(outcomes) or not np.isin(outcomes, (0.0, 1.0)).all():
+        raise ValueError(f"{where}: expected a list of outcomes 0 or 1, one an item; TAX pairs right and wrong answers")
+    strata, margins = raw.get("strata"), raw.get("margins")
+    for name, values in (("doc_hashes", raw["doc_hashes"]), ("strata", strata), ("margins", margins)):
+        if values is not None and len(values) != len(outcomes):
+            raise ValueError(f"{where}: {len(outcomes)} outcomes but {len(values)} {name}; expected as many")
+    return Answers(
+        outcomes.astype(bool),
+        tuple(raw["doc_hashes"]),
+        float(raw.get("chance") or 0.0),
+        None if strata is None else np.asarray(strata),
+        None if margins is None else np.asarray(margins, dtype=float),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run of one seed: what it is, what it logged (one dictionary a step), its evaluations by epoch."""
+
+    name: str
+    label: str
+    method: str
+    beta: float | None
+    metrics: list[dict[str, float]]
+    evaluations: dict[int, Path]
+    complete: dict[str, Any]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one logged quantity; empty lists where it was not logged."""
+        rows = [row for row in self.metrics if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def at_epoch(self, key: str, epoch: float) -> float | None:
+        """The value of a held-out measurement at an epoch's end; None where none was taken within 2% of an epoch of it."""
+        rows = [row for row in self.metrics if row.get(key) is not None and row.get("epoch") is not None]
+        nearest = min(rows, key=lambda row: abs(row["epoch"] - epoch), default=None)
+        return nearest[key] if nearest is not None and abs(nearest["epoch"] - epoch) <= 0.02 else None
+
+
+@dataclass(frozen=True, eq=False)
+class SeedRuns:
+    """One repetition of the study: the supervised model's evaluation and the finished preference runs."""
+
+    seed: int
+    reference: Path
+    supervised: dict[str, Any]  # its complete.json; empty without supervised training
+    runs: dict[str, Run]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All that a report needs from a study's directory."""
+
+    directory: Path
+    config: dict[str, Any]
+    seeds: list[SeedRuns]
+    incomplete: list[str]
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """One run of each name, by method (ogd last, as in the paper's table) and falling beta."""
+        found = {name: run for seed in self.seeds for name, run in seed.runs.items()}
+        methods = list(dict.fromkeys(run.method for run in found.values()))
+
+        def order(run: Run) -> tuple:
+            return run.method == "ogd", methods.index(run.method), -(run.beta or 0), run.name
+
+        return {run.name: run for run in sorted(found.values(), key=order)}
+
+
+def read_study(directory: str | Path) -> Study:
+    """Read `runs/<study>`. Raises ValueError where there is nothing to report on, or a file is not what it should be."""
+    directory = Path(directory)
+    folders = sorted((d for d in directory.glob("seed-*") if d.is_dir() and NUMBERED.fullmatch(d.name)), key=_number)
+    if not folders:
+        raise ValueError(
+            f"{directory} holds no seed-<k> folder; expected the directory of a study that harness/run.py has made"
+        )
+    incomplete: list[str] = []
+    seeds = [seed for folder in folders if (seed := _read_seed(folder, incomplete)) is not None]
+    config = _yaml(directory / "config.yaml")
+    incomplete += _never_started(config, seeds, incomplete)
+    if not any(seed.runs for seed in seeds):
+        raise ValueError(
+            f"{directory} holds no finished run ({'; '.join(incomplete) or 'no runs at all'}); finish the study first"
+        )
+    return Study(directory, config, [seed for seed in seeds if seed.runs], incomplete)
+
+
+def _read_seed(folder: Path, incomplete: list[str]) -> SeedRuns | None:
+    runs: dict[str, Run] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
+        if (reason := _unfinished(path)) is None:
+            runs[path.name] = _read_run(path)
+        else:
+            incomplete.append(f"{folder.name}/{path.name}: {reason}")
+    supervised = folder / "supervised"
+    evaluations = _numbered(supervised / "evals", "epoch-*.json")
+    complete = _json(supervised / "complete.json") if (supervised / "complete.json").exists() else {}
+    interrupted = not complete and (supervised / "metrics.jsonl").exists()
+    last = int(complete.get("epochs") or 0)
+    if evaluations and not interrupted and max(evaluations) >= last:
+        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs)
+    missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
+    if runs:
+        raise ValueError(
+            f"{supervised} has no {missing} for the supervised model that {', '.join(runs)} started from, and TAX compares "
+            "with it; run the supervised stage and its evaluation again"
+        )
+    incomplete.append(f"{folder.name}/supervised: {missing} is missing, so nothing of this seed can be compared")
+    return None
+
+
+def _never_started(config: dict[str, Any], seeds: list[SeedRuns], incomplete: list[str]) -> list[str]:
+    """Runs that other seeds have, and seeds that the configuration asks for, without even a folder."""
+    named = {line.partition(":")[0] for line in incomplete}
+    missing = [
+        f"seed-{seed.seed}/{name}" for seed in seeds for name in sorted({n for s in seeds for n in s.runs} - set(seed.runs))
+    ]
+    asked = ((config.get("config") or config).get("study") or {}).get("seeds") or []
+    begun = {seed.seed for seed in seeds} | {int(name[5:].partition("/")[0]) for name in named}
+    missing += [f"seed-{seed}" for seed in asked if seed not in begun]
+    return [f"{name}: not started" for name in missing if name not in named]
+
+
+def _unfinished(path: Path) -> str | None:
+    """Why a run cannot be reported, or None."""
+    if not (path / "config.yaml").exists():
+        return "no config.yaml, it never started"
+    if not (path / "complete.json").exists():
+        return "no complete.json, training was not finished"
+    epochs = set(_numbered(path / "model", "epoch-*")) | set(
+        range(1, int(_json(path / "complete.json").get("epochs") or 0) + 1)
+    )
+    missing = sorted(epochs - set(_numbered(path / "evals", "epoch-*.json")))
+    if missing or not epochs:
+        return f"epoch {', '.join(map(str, missing)) or '1'} is not evaluated"
+    return None
+
+
+def _read_run(path: Path) -> Run:
+    what = _yaml(path / "config.yaml").get("run") or {}
+    if "method" not in what:
+        raise ValueError(
+            f"{path / 'config.yaml'} does not say which method ran (run.method); expected the file written before step 0"
+        )
+    beta = what.get("beta")
+    label = str(what.get("label") or what.get("name") or path.name)
+    evaluations = dict(sorted((n, p) for n, p in _numbered(path / "evals", "epoch-*.json").items() if n > 0))
+    complete = _json(path / "complete.json")
+    metrics = _metrics(path / "metrics.jsonl")
+    return Run(path.name, label, str(what["method"]), None if beta is None else float(beta), metrics, evaluations, complete)
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """The logged lines, merged by step (a resumed run may log a step twice: the later line counts)."""
+    steps: dict[int, dict[str, float]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            steps.setdefault(row["step"], {}).update(row)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with 'step', found {line[:60]!r}; remove the line"
+            ) from error
+    return [steps[step] for step in sorted(steps)]
+
+
+def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
+    return {int(_number(path)): path for path in folder.glob(pattern) if NUMBERED.fullmatch(path.name.removesuffix(".json"))}
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removesuffix(".json").rpartition("-")[2])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); run this stage again") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({error}); run this stage again") from error

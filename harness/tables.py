@@ -1,0 +1,103 @@
+"""Numbers as text, and tables of text for Markdown, HTML and the terminal."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import rich.box
+import rich.table
+from rich.text import Text
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: the first column names the row, the others are right-aligned; `note` says how to read it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    folded: bool = False  # behind a fold-out in HTML
+    strong: frozenset[int] = frozenset()  # rows set in bold
+
+    def without_empty_columns(self) -> Table:
+        """The same table without the columns in which no row has a value."""
+        keep = [i for i in range(len(self.columns)) if i == 0 or any(row[i] not in ("", NONE) for row in self.rows)]
+        rows = [[row[i] for i in keep] for row in self.rows]
+        return Table(self.title, [self.columns[i] for i in keep], rows, self.note, self.folded, self.strong)
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown; text from files cannot break out of its cell."""
+        lines = [[markdown_text(cell) for cell in row] for row in self.rows]
+        lines = [[f"**{cell}**" for cell in row] if i in self.strong else row for i, row in enumerate(lines)]
+        head = [[markdown_text(name) for name in self.columns], [":--"] + ["--:"] * (len(self.columns) - 1)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in head + lines)
+
+    def terminal(self) -> rich.table.Table:
+        """The table for a rich console."""
+        table = rich.table.Table(
+            title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        for i, name in enumerate(self.columns):
+            table.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0)
+        for number, row in enumerate(self.rows):
+            table.add_row(*(Text(cell, style="bold" if number in self.strong else "") for cell in row))
+        return table
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{c}" if c in "|`*_[]\\" else c for c in escaped)
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False, unit: str = "") -> str:
+    """A number with a real minus sign; a value that rounds to zero has none; None is a dash."""
+    if value is None or value != value:
+        return NONE
+    text = f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+    return text.replace("-", "−") + unit
+
+
+def percent(rate: float | None, digits: int = 1) -> str:
+    """A share of 1 as a percentage."""
+    return number(None if rate is None else 100 * rate, digits, unit="%")
+
+
+def interval(low: float, high: float, digits: int = 2) -> str:
+    """`[low, high]`."""
+    return f"[{number(low, digits)}, {number(high, digits)}]"
+
+
+def spread(values: Sequence[float | None], digits: int = 2, sign: bool = False, scale: float = 1.0, unit: str = "") -> str:
+    """The mean of the seeds' values, with `(min…max)` where there are several."""
+    found = [scale * value for value in values if value is not None]
+    if not found:
+        return NONE
+    return number(sum(found) / len(found), digits, sign, unit) + extent(found, digits, sign)
+
+
+def extent(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
+    """` (min…max)`, or nothing where both would read the same."""
+    low, high = number(min(values), digits, sign), number(max(values), digits, sign)
+    return "" if low == high else f" ({low}…{high})"
+
+
+def cell_lines(cell: str) -> list[str]:
+    """A cell's value, interval and range, each for a line of its own."""
+    return re.split(r" (?=[\[(])", cell)
+
+
+def p_text(p: float) -> str:
+    """A p-value as `p = 0.03` or `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def listing(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""

@@ -1,0 +1,81 @@
+"""The house's floors (README, "How it is built"): a file imports only from lower ones, and ogdopt needs torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    0: ["ogdopt.gram", "ogdopt.losses"],
+    1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report"],
+    2: ["ogdopt.optimizer"],
+    3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
+    4: ["harness.world", "harness.rows", "harness.methods", "harness.checkpoints", "harness.items", "harness.runs"],
+    5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
+    6: ["harness.train", "harness.lm_evals", "harness.analysis"],
+    7: ["harness.figures"],
+    8: ["harness.report", "harness.stages"],
+    9: ["harness.run"],
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+PACKAGES = {"ogdopt", "harness"}  # importing a package runs its __init__, which may use anything of its own
+
+
+def modules():
+    for package in sorted(PACKAGES):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__init__.py":
+                yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+def imports(path):
+    """Dotted names of this project's modules that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from ((f"{node.module}.{a.name}" if node.module in PACKAGES else str(node.module)) for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def test_every_file_has_a_floor():
+    assert {name for name, _ in modules()} == set(FLOOR)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_file_imports_from_lower_floors_alone(name, path):
+    for found in imports(path):
+        if found.split(".")[0] not in PACKAGES:
+            continue
+        if name.startswith("ogdopt."):
+            assert found.startswith("ogdopt."), f"{name} imports {found}"
+        if found in FLOOR:
+            assert FLOOR[found] < FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {found} (floor {FLOOR[found]})"
+        else:
+            assert found.startswith("ogdopt."), f"{name} imports {found}, which has no floor"  # a public name of the library
+
+
+def test_the_library_imports_torch_and_the_standard_library_alone():
+    for name, path in modules():
+        if name.startswith("ogdopt."):
+            outside = {found.split(".")[0] for found in imports(path)} - {"ogdopt", "torch"}
+            assert outside <= sys.stdlib_module_names | {"__future__"}, f"{name} imports {outside}"
+
+
+def test_no_file_of_the_harness_hides_a_library():
+    names = {path.stem for path in (ROOT / "harness").iterdir()}
+    assert not names & {"evaluate", "datasets", "trl", "torch", "transformers", "numpy", "tokenizers", "yaml"}
+
+
+@pytest.mark.parametrize("module", ["harness.report", "harness.tax", "harness.config"])
+def test_reading_results_needs_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_the_library_is_small():
+    lines = sum(len(p.read_text().splitlines()) for p in (ROOT / "ogdopt").glob("*.py"))
+    assert lines <= 1300

@@ -1,0 +1,143 @@
+"""The whole study from the command line: it finishes, is skipped when finished, survives every way of being stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+TINY = """--world.people 16 --world.sft_conversations 400 --world.preference_pairs 64 --world.held_out_pairs 16 --world.items 8
+--sft.max_steps 12 --sft.eval_steps 6 --methods sft,dpo,ogd --preference.beta 0.1 --preference.num_train_epochs 2
+--preference.train_batch_size 16 --preference.per_device_train_batch_size 8 --preference.save_steps 3 --report.samples 200""".split()
+RUNS = ["sft", "dpo_beta0.1", "ogd"]
+
+
+def command(folder, *extra):
+    return [sys.executable, str(ROOT / "harness" / "run.py"), "--study.output_dir", str(folder), *TINY, *extra]
+
+
+def start(folder, *extra):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONWARNINGS": "default"}
+    return subprocess.Popen(
+        command(folder, *extra), cwd=folder.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def weights(folder, run="ogd"):
+    return load_file(folder / "seed-0" / run / "model" / "epoch-2" / "model.safetensors")
+
+
+def wait_for(process, file, lines, seconds=180):
+    """Wait until a file has so many lines; fail with the process's own words if it ends before."""
+    deadline = time.monotonic() + seconds
+    while not file.is_file() or len(file.read_text().splitlines()) < lines:
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"{file} never got {lines} lines: {finish(process)}")
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "out"
+    code, out, err = finish(start(folder))
+    assert code == 0, err
+    return folder, out
+
+
+def test_a_study_ends_with_a_table_and_a_report(study):
+    folder, out = study
+    assert "OGD" in out and "SFT on winners" in out and "DPO β=0.1" in out and str(folder / "report.html") in out
+    assert "sft.data.train: 500 of 500 rows used" in out
+    for name in ("report.html", "report.md", "results.json", "config.yaml"):
+        assert (folder / name).stat().st_size > 500
+    for run in RUNS:
+        here = folder / "seed-0" / run
+        assert json.loads((here / "complete.json").read_text())["epochs"] == 2
+        assert sorted(p.name for p in (here / "evals").iterdir()) == ["epoch-1.json", "epoch-2.json"]
+        assert {"config.yaml", "metrics.jsonl", "model"} <= {p.name for p in here.iterdir()}
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_what_is_finished_is_skipped(study):
+    folder, _ = study
+    before = {p: p.stat().st_mtime_ns for p in (folder / "seed-0").rglob("*") if p.is_file()}
+    code, out, err = finish(start(folder))
+    assert code == 0 and "evaluating" not in out, err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_other_settings_are_refused_by_name(study):
+    folder, _ = study
+    code, _, err = finish(start(folder, "--preference.learning_rate", "3e-4"))
+    assert code == 1 and "Traceback" not in err
+    assert "preference.learning_rate was 0.0001 and is 0.0003" in err.replace("\n", " ") and "--study.output_dir" in err
+
+
+def test_more_methods_join_a_finished_study(study):
+    folder, _ = study
+    code, out, err = finish(start(folder, "--preference.beta", "0.1,0.5"))
+    assert code == 0 and "evaluating dpo_beta0.5" in out and "evaluating ogd" not in out, err
+
+
+def test_a_killed_study_ends_like_an_undisturbed_one(study, tmp_path):
+    """kill -9 in the supervised stage and in a method, then the same command again: the same weights, bit for bit."""
+    folder = tmp_path / "out"
+    for run, lines in (("supervised", 7), ("dpo_beta0.1", 5)):
+        process = start(folder)
+        wait_for(process, folder / "seed-0" / run / "metrics.jsonl", lines)
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+    code, _, err = finish(start(folder))
+    assert code == 0, err
+    for run in RUNS:
+        ours, theirs = weights(folder, run), weights(study[0], run)
+        assert all(ours[k].equal(theirs[k]) for k in theirs)
+
+
+def test_ctrl_c_saves_and_says_so(study, tmp_path):
+    folder = tmp_path / "out"
+    process = start(folder)
+    wait_for(process, folder / "seed-0" / "supervised" / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and "the same command goes on from here" in err and "Traceback" not in err
+    assert finish(start(folder, "--methods", "ogd"))[0] == 0
+    ours, theirs = weights(folder), weights(study[0])
+    assert all(ours[k].equal(theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--methods", "odg"], "['odg']; expected different names out of sft, dpo, ogd"),
+        (["--preference.data.train", "nothing.jsonl"], "nothing.jsonl"),
+        (["--preference.lr", "1"], "preference.lr"),
+        (["--study.name", "a/b"], "study.name is 'a/b'"),
+        (["--preference.per_device_train_batch_size", "5"], "train_batch_size is 16"),
+    ],
+)
+def test_mistakes_get_one_message(extra, message, tmp_path):
+    code, _, err = finish(start(tmp_path / "out", *extra))
+    assert code in (1, 2) and message in err and "Traceback" not in err
+
+
+def test_print_config_is_a_recipe(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "harness" / "run.py"), "--methods=ogd", "--print_config"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert shown.returncode == 0 and "learning_rate: 0.0001" in shown.stdout and "- ogd" in shown.stdout
