@@ -64,11 +64,13 @@ def gram(
     winner: Sequence[Tensor | None],
     loser: Sequence[Tensor | None],
     process_group: dist.ProcessGroup | None = None,
+    loss: Tensor | None = None,
 ) -> Gram:
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
     `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Sharded gradients (DTensors, or plain local
-    shards with `process_group`) are summed over ranks by one all-reduce of 3P numbers; replicated ones count once.
+    shards with `process_group`) are summed over ranks by one all-reduce of 3P numbers; replicated ones count once. A `loss`
+    that is not finite turns the first `ww` into NaN, so that a step is judged by its loss too, on every rank alike.
 
     Raises ValueError for an empty list, for sparse gradients, and for a DTensor mesh that is not the whole world.
     """
@@ -77,7 +79,10 @@ def gram(
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
     device = local(present[0]).device
     rows = [_products(w, l).to(device) for w, l in zip(winner, loser)]
-    numbers = _reduce(torch.stack(rows), present, process_group)
+    numbers = torch.stack(rows)
+    if loss is not None and _judged_alike(present, process_group):
+        numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
+    numbers = _reduce(numbers, present, process_group)
     parallel = max(PARALLEL.get(g.dtype.to_real() if g.is_complex() else g.dtype, 1e-6) for g in present)
     ww, wl, ll = numbers.unbind(1)
     return Gram(ww, wl, ll, parallel)
@@ -169,6 +174,12 @@ def _owned(g: Tensor) -> bool:
         return True
     coordinate = g.device_mesh.get_coordinate()
     return coordinate is not None and all(c == 0 for c, p in zip(coordinate, g.placements) if p.is_replicate())
+
+
+def _judged_alike(present: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks will see one rank's loss: there is a reduction, or there are no other ranks."""
+    reduced = process_group is not None or any(isinstance(g, DTensor) for g in present)
+    return reduced or not (dist.is_available() and dist.is_initialized())
 
 
 def _reduce(numbers: Tensor, present: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Tensor:

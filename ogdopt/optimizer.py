@@ -135,9 +135,7 @@ class PairedGradient(Optimizer):
         winner, loser = _two(closure, loser)
         box = self._box
         if winner is not None and (box["winner"] is not None or box["loser"] is not None):
-            raise GradientError(
-                "step() got closures while a context's gradient is waiting; use one way or the other in a step"
-            )
+            raise GradientError("step() got closures while a context's gradient is waiting; use one way or the other in a step")
         if loser is not None:
             self._run("loser", loser)
         if winner is not None:
@@ -270,10 +268,9 @@ class PairedGradient(Optimizer):
         return report
 
     def _measure(self, ws: list[Tensor | None], ls: list[Tensor | None], paired: bool) -> StepReport:
-        numbers = gram(ws, ls, self.process_group)
-        for loss in self._box["losses"].values():  # 0 * inf is NaN: a non-finite loss spoils the step like a gradient does
-            numbers.ww[0] += 0.0 * loss.to(numbers.ww)
-        blocks = numbers.pooled(self._block_sizes())
+        losses = list(self._box["losses"].values())
+        loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
+        blocks = gram(ws, ls, self.process_group, loss).pooled(self._block_sizes())
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
         return StepReport(blocks, a, b, dict(self._box["losses"]), self.max_norm)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 TINY = """--world.people 16 --world.sft_conversations 400 --world.preference_pairs 64 --world.held_out_pairs 16 --world.items 8
 --sft.max_steps 12 --sft.eval_steps 6 --methods sft,dpo,ogd --preference.beta 0.1 --preference.num_train_epochs 2
---preference.train_batch_size 16 --preference.per_device_train_batch_size 8 --preference.save_steps 3 --report.samples 200""".split()
+--preference.train_batch_size 16 --preference.per_device_train_batch_size 8 --preference.save_steps 3 --report.samples 200
+""".split()
 RUNS = ["sft", "dpo_beta0.1", "ogd"]
 
 
