@@ -173,7 +173,8 @@ class TaskConfig:
 
     name: str
     path: str
-    """JSONL of {question, choices, answer[, id, context, cloze]}; `answer` is an index into `choices`."""
+    """JSONL of {question, choices, answer[, id, context, cloze]}, `answer` an index into `choices`; or of preference pairs
+    {prompt, chosen, rejected}."""
     family: str = ""
     """What the benchmark measures, e.g. commonsense, knowledge, math, reading; only shown in tables."""
     ask: list[Literal["direct", "cloze", "generate"]] = field(default_factory=lambda: ["direct"])

@@ -56,9 +56,7 @@ def run(config: Config) -> None:
     if config.evals.tasks or config.evals.lm_eval_tasks:
         print_table(write_report(config.study.directory, config.report))
     else:
-        print(
-            f"no benchmark was asked for (evals.tasks, evals.lm_eval_tasks), so there is no report; see {config.study.directory}"
-        )
+        print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
 
 
 if __name__ == "__main__":

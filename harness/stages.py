@@ -162,7 +162,9 @@ class SeedStudy:
         if not (evals.tasks or evals.lm_eval_tasks) or output.is_file():
             return
         print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
-        evaluate(Path(model), evals, output, run=run, epoch=epoch, seed_dir=self.home, device=str(self.device), progress=False)
+        words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
+        where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
+        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
 
 
 def located(config: Config, data: str, seed: int) -> Config:
@@ -185,7 +187,8 @@ def located(config: Config, data: str, seed: int) -> Config:
 
     evals: EvalConfig = config.evals
     tasks = [dataclasses.replace(task, path=filled(task.path)) for task in evals.tasks]
-    evals = dataclasses.replace(evals, tasks=tasks, style=filled(evals.style), style_prompts=filled(evals.style_prompts))
+    files = {name: filled(getattr(evals, name)) for name in ("style", "style_prompts", "lm_eval_data")}
+    evals = dataclasses.replace(evals, tasks=tasks, **files)
     world = config.world and dataclasses.replace(config.world, seed=config.world.seed + seed)
     return dataclasses.replace(config, world=world, evals=evals, sft=data_of(config.sft), preference=data_of(config.preference))
 
