@@ -140,8 +140,9 @@ class PairedGradient(Optimizer):
             self._run("loser", loser)
         if winner is not None:
             self._run("winner" if loser is not None else None, winner)
-        ours = bool(winner) or box["winner"] is not None or box["mixed"]
-        report = self._mix(clip=True) if box["winner"] is not None else self._adopt()
+        collected = box["winner"] is not None or box["loser"] is not None or box["active"]
+        ours = collected or box["mixed"]
+        report = self._mix(clip=True) if collected else self._adopt()
         if not report.norm.isfinite():
             self._refuse(report)
             return report

@@ -387,10 +387,14 @@ def test_contexts_do_not_nest_and_are_closed_before_the_step():
     with pytest.raises(GradientError, match=r"inside winner\(\); close that context"), opt.winner():
         winner().backward()
         opt.project()
+    with pytest.raises(GradientError, match=r"inside winner\(\); close that context"), opt.winner():
+        winner().backward()
+        opt.step()
     with opt.loser():
         loser().backward()
-    with pytest.raises(GradientError, match="no winner's gradient"):
-        opt.project()
+    for verb in (opt.project, opt.step):
+        with pytest.raises(GradientError, match="no winner's gradient"):
+            verb()
     with pytest.raises(GradientError, match="one way or the other"):
         opt.step(winner, loser)
 

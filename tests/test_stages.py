@@ -1,0 +1,117 @@
+"""What surrounds the loop: placeholders, recorded settings, lists on the command line, and the recipes."""
+
+import pytest
+import yaml
+
+from harness import stages
+from harness.config import RECIPES, Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict, parse
+from harness.stages import differences, located, record
+
+
+def test_placeholders_and_seeds_of_one_seed():
+    config = Config(
+        preference=Config().preference,
+        sft=StageConfig(data=DataConfig(train=["{data}/a.jsonl", "{data_dir}/b.jsonl"]), seed=5),
+        evals=EvalConfig(tasks=[TaskConfig("t", "{data}/t.jsonl")], style="{data}/s.json"),
+        data_dir="/mine",
+    )
+    found = located(config, "runs/x/seed-2/data", 2)
+    assert found.sft.data.train == ["runs/x/seed-2/data/a.jsonl", "/mine/b.jsonl"] and found.sft.seed == 7
+    assert found.evals.tasks[0].path == "runs/x/seed-2/data/t.jsonl" and found.evals.style == "runs/x/seed-2/data/s.json"
+    assert config.sft.seed == 5
+
+
+def test_a_placeholder_without_a_folder_is_an_error():
+    config = Config(sft=StageConfig(data=DataConfig(train=["{data_dir}/b.jsonl"])))
+    with pytest.raises(ValueError, match=r"'\{data_dir\}/b.jsonl'; say which folder .* with --data_dir"):
+        located(config, "d", 0)
+
+
+def test_settings_are_recorded_once_and_compared(tmp_path):
+    record(tmp_path, {"sft": StageConfig()}, {"name": "x"})
+    before = (tmp_path / "config.yaml").read_text()
+    found = yaml.safe_load(before)
+    assert found["run"] == {"name": "x"} and found["config"]["sft"]["learning_rate"] == 1e-6
+    assert {"versions", "machine", "git", "command"} <= found.keys() and found["versions"]["torch"]
+    record(tmp_path, {"sft": StageConfig()}, {"name": "x"})
+    assert (tmp_path / "config.yaml").read_text() == before
+    with pytest.raises(ValueError, match=r"sft.learning_rate was 1e-06 and is 0.1; sft.seed was 1 and is 2\. Choose another"):
+        record(tmp_path, {"sft": StageConfig(learning_rate=0.1, seed=2)}, {"name": "x"})
+
+
+def test_differences_name_what_is_missing_on_either_side():
+    assert differences({"a": 1}, {"b": 2}) == [("a", 1, None), ("b", None, 2)]
+
+
+def test_git_outside_a_checkout(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(stages.subprocess, "run", missing)
+    assert stages._git() == "unknown"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read(recipe):
+    config = parse(["--config", str(recipe)])
+    assert config.study.name == recipe.stem and config.methods == ["sft", "dpo", "ogd"]
+    assert config.preference.beta == [0.2, 0.1, 0.05, 0.02]
+    located(parse(["--config", str(recipe), "--data_dir", "x"]), "d", 0)
+
+
+def test_defaults_are_the_papers_recipe():
+    """SPEC 1.4 (appendix A.2)."""
+    config = Config()
+    assert config.model.model_name_or_path == "mistralai/Mistral-7B-v0.3"
+    sft, preference = config.sft, config.preference
+    assert (sft.optimizer, sft.learning_rate, sft.warmup_ratio, sft.num_train_epochs) == ("Adam", 5e-6, 0.1, 1)
+    assert (sft.train_batch_size, sft.train_on_prompt, sft.seed) == (256, True, 0)
+    assert (preference.optimizer, preference.learning_rate, preference.warmup_steps) == ("RMSprop", 1e-6, 150)
+    assert (preference.num_train_epochs, preference.train_batch_size, preference.train_on_prompt) == (5, 64, False)
+    assert (preference.data.max_prompt_length, preference.data.max_length, preference.seed) == (2048, 4096, 1)
+    assert preference.lr_scheduler_type == "constant_with_warmup" and preference.loss_reduction == "sum"
+    assert preference.max_grad_norm == 10.0 and preference.beta == [0.2, 0.1, 0.05, 0.02]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--methods", "ogd,dpo", "--study.seeds", "0,1,2", "--preference.beta", "0.1"],
+        ["--methods=ogd,dpo", "--study.seeds=[0,1,2]", "--preference.beta=[0.1]"],
+        ["--methods", "[ogd, dpo]", "--study.seeds", "[0,1,2]", "--preference.beta=0.1"],
+    ],
+)
+def test_lists_with_and_without_brackets(words):
+    config = parse(words)
+    assert (config.methods, config.study.seeds, config.preference.beta) == (["ogd", "dpo"], [0, 1, 2], [0.1])
+    assert config.preference.learning_rate == parse([]).preference.learning_rate
+
+
+def test_learning_rates_are_numbers():
+    """YAML reads 1e-6 as a text; a typed schema does not."""
+    assert parse(["--preference.learning_rate", "1e-6"]).preference.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: StageConfig(train_batch_size=10, per_device_train_batch_size=4),
+            "train_batch_size is 10; expected a multiple",
+        ),
+        (lambda: parse([]).study.__class__(seeds=[1, 1]), r"study.seeds is \[1, 1\]"),
+        (lambda: parse([]).study.__class__(name="x\n"), "study.name is"),
+    ],
+)
+def test_values_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_accumulation_is_derived():
+    assert StageConfig(train_batch_size=64, per_device_train_batch_size=16).gradient_accumulation_steps == 4
+
+
+def test_a_configuration_survives_yaml():
+    config = parse([])
+    assert yaml.safe_load(yaml.safe_dump(as_dict(config))) == as_dict(config)
