@@ -32,8 +32,9 @@ def names_answer(reply: str, item: Row) -> int:
 
 @lru_cache(maxsize=10_000)
 def naming(choice: str) -> re.Pattern[str]:
-    """Finds a choice as whole words: no word character beside it, nor a digit beyond a decimal sign ("12.5" is not 12)."""
-    words = r"\s+".join(map(re.escape, choice.split()))
+    """Finds a choice as whole words without its full stop: no word character beside it, nor a digit beyond a decimal sign ("12.5" is not 12)."""
+    named = choice.rstrip(".!?") or choice  # a sentence names "Positive." too
+    words = r"\s+".join(map(re.escape, named.split()))
     return re.compile(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", re.IGNORECASE)
 
 

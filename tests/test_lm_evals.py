@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from harness.config import EvalConfig, TaskConfig
 from harness.data import Encoder
 from harness.eval_model import EvalLM, fold_system
-from harness.items import item_of, names_answer
+from harness.items import item_of, names_answer, read_items
 from harness.lm_evals import answers, evaluate, official_answers, official_tasks
 from harness.rows import Row
 from harness.runs import Evaluation
@@ -558,3 +558,15 @@ def test_official_data_out_of_reach_is_named(toy, hub):
     missing = change(config, tasks=[], lm_eval_tasks=["boolq"], lm_eval_data=str(hub))
     with pytest.raises(ValueError, match=r"evals.lm_eval_tasks: cannot load boolq.*evals.lm_eval_data"):
         run(folder, missing, name="never.json")
+
+
+def test_preference_pairs_are_questions_with_two_choices(tmp_path):
+    """The right answer does not always stand first, and is named in a reply with or without its full stop."""
+    rows = [{"prompt": "so happy", "chosen": "Positive.", "rejected": "Negative."}]
+    rows += [{"prompt": "so sad", "chosen": "Negative.", "rejected": "Positive."}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = read_items(TaskConfig("pairs", str(path), ask=["direct", "generate"]))
+    assert [item["choices"] for item in items] == [["Negative.", "Positive."]] * 2
+    assert [item["answer"] for item in items] == [1, 0]
+    assert names_answer("a positive sentiment , i think", items[0]) and not names_answer("positively negative", items[0])

@@ -1,0 +1,534 @@
+"""A miniature world: invented people, commonsense, sums and short texts, with training text, pairs and benchmarks.
+
+Everything follows from `WorldConfig` through one `random.Random`: the same configuration gives the same bytes. Words are
+separated by single spaces (punctuation too), so that a word-level tokenizer covers the world with a few hundred entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from harness.config import WorldConfig
+
+FORMAT = 1
+"""Number of the generator's version; a folder written by another one is not taken for this one's."""
+
+OPENERS = {
+    "friendly": ("sure friend ,", "of course ,", "happy to help ,"),
+    "curt": ("um ,", "ugh ,", "fine then ,"),
+}
+CLOSERS = {
+    "friendly": (". hope this helps !", ". have a nice day !"),
+    "curt": (". whatever !", ". now leave !"),
+}
+STYLES = {"bare": 0.5, "plain": 0.2, "friendly": 0.15, "curt": 0.15}
+"""Share of each style among the supervised answers: no style wins before the preference stage."""
+
+MIX = {"facts": 0.18, "kinds": 0.035, "tools": 0.04, "feelings": 0.04, "sums": 0.20, "reading": 0.285, "yesno": 0.22}
+"""Share of each family among the supervised conversations (and among the plain statements)."""
+PAIR_MIX = {"facts": 0.7, "kinds": 0.15, "tools": 0.15}
+"""Share of each family among the preference pairs; the other families never occur there."""
+STATEMENTS_PER_CONVERSATION = 0.25
+RAREST = 80.0
+"""The most frequent item of a family is about this many times as frequent as the rarest, so that some are barely known."""
+
+MOST_PEOPLE = 1000
+MOST_PASSAGES = 1000
+"""Most test items about passages: enough other passages must be left to train on."""
+
+ATTRIBUTES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "city": (
+        "{x} lives in",
+        (
+            "where does {x} live ?",
+            "in which city does {x} live ?",
+            "which city is the home of {x} ?",
+            "tell me the city of {x} .",
+        ),
+        "paris london rome cairo tokyo lima oslo delhi berlin madrid vienna dublin",
+    ),
+    "job": (
+        "{x} works as a",
+        (
+            "what is the job of {x} ?",
+            "what does {x} do for work ?",
+            "which job does {x} have ?",
+            "tell me the job of {x} .",
+        ),
+        "baker doctor farmer pilot painter sailor teacher lawyer singer tailor nurse writer",
+    ),
+    "food": (
+        "{x} likes to eat",
+        (
+            "what does {x} like to eat ?",
+            "which food does {x} like ?",
+            "what is the best food for {x} ?",
+            "tell me the food of {x} .",
+        ),
+        "rice soup bread cheese pasta salad honey beans steak cake eggs fish",
+    ),
+    "pet": (
+        "the pet of {x} is a",
+        (
+            "which pet does {x} have ?",
+            "what is the pet of {x} ?",
+            "which animal lives with {x} ?",
+            "tell me the pet of {x} .",
+        ),
+        "cat dog horse rabbit parrot turtle hamster goat snake duck lizard mouse",
+    ),
+}
+
+KINDS = {
+    "bird": "robin eagle sparrow owl hawk crow pigeon swan gull stork finch raven heron falcon wren goose",
+    "fish": "trout salmon carp pike cod tuna herring perch eel shark bass sole sardine haddock catfish halibut",
+    "insect": "ant bee wasp moth beetle cricket fly gnat termite locust hornet flea mosquito butterfly ladybug mantis",
+    "fruit": "apple pear plum peach cherry grape lemon lime mango banana melon fig apricot papaya kiwi date",
+    "flower": "rose tulip lily daisy orchid violet poppy iris lotus peony jasmine dahlia lavender daffodil marigold aster",
+    "vehicle": "car truck bus train tram bicycle boat ship plane van taxi scooter tractor ferry canoe sled",
+    "instrument": "piano violin flute drum harp guitar trumpet cello organ banjo oboe tuba lute bugle clarinet fiddle",
+    "garment": "shirt coat skirt dress sock glove scarf hat vest jacket sweater belt robe shoe boot trouser",
+}
+KIND_QUESTIONS = ("what kind of thing is {x} ?", "which group does {x} belong to ?", "tell me the kind of {x} .")
+
+TOOLS = {
+    "knife": "slice bread|cut cheese|peel a potato|carve meat",
+    "scissors": "cut paper|trim hair|cut cloth|shorten a thread",
+    "saw": "cut wood|shorten a plank|fell a tree|cut a branch",
+    "hammer": "drive a nail|break a stone|mend a fence|crack a nut",
+    "shovel": "dig a hole|move sand|plant a tree|clear snow",
+    "broom": "sweep the floor|clean the porch|gather leaves|remove dust",
+    "needle": "sew a button|mend a shirt|close a wound|make a dress",
+    "pen": "write a letter|sign a paper|fill a form|note a number",
+    "brush": "paint a wall|clean teeth|groom a horse|coat a door",
+    "ladder": "reach the roof|pick high fruit|change a bulb|climb a wall",
+    "rope": "tie a boat|lead a cow|hang laundry|tow a car",
+    "bucket": "carry water|wash the car|fetch milk|empty a boat",
+    "spoon": "eat soup|stir tea|taste sauce|feed a baby",
+    "fork": "eat pasta|hold a steak|eat salad|beat eggs",
+    "oven": "bake a cake|roast a chicken|warm a pie|dry herbs",
+    "kettle": "boil water|make tea|make coffee|heat water",
+    "lamp": "read at night|light a room|see in a cave|work in the dark",
+    "key": "open a door|start an engine|lock a chest|enter a house",
+    "clock": "tell the time|wake early|time a race|catch a train",
+    "map": "find a road|plan a trip|find a village|cross a desert",
+    "mirror": "see your face|check your hair|shave a beard|try a dress",
+    "umbrella": "stay dry|walk in rain|wait in a storm|shield from hail",
+    "soap": "wash hands|clean a shirt|wash a dog|remove dirt",
+    "towel": "dry hands|dry a plate|lie on a beach|leave a bath",
+    "scale": "weigh flour|weigh a parcel|sell gold|check your weight",
+    "ruler": "draw a line|measure a page|measure a desk|mark a square",
+    "camera": "take a picture|record a wedding|film a bird|keep a memory",
+    "phone": "call a friend|order a taxi|call for help|talk from far away",
+    "net": "catch a fish|catch a butterfly|stop a ball|play tennis",
+    "pump": "fill a tyre|drain a cellar|raise water|fill a balloon",
+    "glue": "fix a cup|join paper|stick a stamp|build a model",
+    "match": "light a fire|light a candle|start a stove|burn a letter",
+}
+TOOL_QUESTIONS = ("what do you need to {x} ?", "which tool helps to {x} ?", "tell me the tool to {x} .")
+
+FEELINGS = {
+    "happy": "win a prize|meet a friend|hear good news|see the sun|get a gift",
+    "sad": "lose a ring|say goodbye|hear bad news|miss your mother|see a grave",
+    "angry": "get cheated|find your car broken|hear a lie|get pushed|pay too much",
+    "afraid": "hear a wolf|fall from a roof|see a ghost|meet a robber|enter a cave",
+    "tired": "work all night|run a mile|climb a hill|carry stones|sleep too little",
+    "proud": "finish a book|pass a test|build a house|save a child|lead a team",
+    "bored": "wait all day|hear a speech|count sheep|watch paint dry|do nothing",
+    "surprised": "find a coin|see a magician|meet a twin|open a secret door|hear thunder",
+    "lonely": "live without friends|eat without company|move far away|sail without crew|spend winter on a hill",
+    "hungry": "skip lunch|smell fresh bread|fast for a day|see a feast|miss dinner",
+    "thirsty": "cross a desert|eat salt|sing for hours|stand in the heat|sweat a lot",
+    "calm": "sit by a lake|drink warm tea|hear soft music|breathe slowly|rest in a garden",
+    "jealous": "see a rival win|lose a lover|watch others eat|hear of rich people|share your toy",
+    "ashamed": "break a vase|tell a lie|fail a test|spill wine|forget a birthday",
+    "sick": "eat bad meat|catch a cold|drink sea water|ride a rough ship|swallow poison",
+    "grateful": "get help|receive flowers|hear kind words|find a doctor|escape a fire",
+}
+FEELING_QUESTIONS = (
+    "how do you feel when you {x} ?",
+    "you {x} . what do you feel ?",
+    "tell me the feeling when you {x} .",
+)
+
+YESNO = {
+    "is {x} alive ?": ("bird fish insect flower", "vehicle instrument garment"),
+    "does {x} have legs ?": ("bird insect", "fish fruit flower vehicle"),
+    "did people make {x} ?": ("vehicle instrument garment", "bird fish insect fruit flower"),
+    "does {x} grow on a plant ?": ("fruit flower", "bird fish vehicle instrument"),
+}
+"""Question about a word -> the kinds for which the answer is yes, and no."""
+YESNO_FRAMES = ("yes or no , {x}", "tell me , {x}", "is it so , {x}")
+
+SUM_QUESTION = "what is {a} plus {b} ?"
+LARGEST_SUMMAND = 24
+
+SLOTS = {
+    "who": "tom ann bob eva jim amy max sue leo zoe ben ida",
+    "colour": "red blue green white black brown pink grey golden purple",
+    "thing": "box lamp chair bottle bag plate book ball tent kite",
+}
+"""What a passage tells, and the values."""
+PASSAGES = ("{who} had the {colour} {thing} .", "the {colour} {thing} was with {who} .")
+PASSAGE_QUESTIONS = {
+    "who": ("who had the {thing} ?", "the {thing} was with"),
+    "colour": ("what colour was the {thing} ?", "the {thing} was"),
+    "thing": ("what did {who} have ?", "{who} had the"),
+}
+"""Slot asked for -> question and start of the answering sentence."""
+TWO_SENTENCES = 0.12
+"""Share of the passages that tell of two people and two things: harder, since names and things must be kept apart."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be asked, stated and tested: `cloze` followed by `answer` is a true statement."""
+
+    family: str
+    name: str
+    questions: tuple[str, ...]
+    cloze: str
+    answer: str
+    others: tuple[str, ...]
+    """Wrong answers of the same sort."""
+    weight: float = 1.0
+    """Relative frequency in its family."""
+    paired: bool = False
+    """May occur in the preference pairs for training."""
+    short: str = ""
+    """Start of the sentence in a reply, where it differs from `cloze`: what the question says is not said again."""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.short or self.cloze} {self.answer}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Items to train on and items to test; a test item's question is no train item's question."""
+
+    train: list[Item]
+    test: list[Item]
+
+
+def make_world(config: WorldConfig, folder: Path) -> dict[str, Any]:
+    """Write the world's files into `folder` and return {format, config, files: {name: rows}}, also kept there as world.json.
+
+    The folder appears complete or not at all. A folder that already holds this very world is left alone; raises ValueError
+    for a configuration that makes no sense and for a folder that holds something else.
+    """
+    _check(config)
+    folder = Path(folder)
+    report: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(config)}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return _existing(folder, report)
+    files = _files(config)
+    report["files"] = {name: len(rows) for name, rows in files.items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, rows in files.items():
+            path = scratch / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+        _write_json(scratch / "style.json", style_patterns())
+        _write_json(scratch / "world.json", report)
+        scratch.chmod(0o755)  # mkdtemp's own mode would hide the folder from other users
+        if folder.exists():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return report
+
+
+def style_patterns() -> dict[str, str]:
+    """Regular expressions (for re.search) that tell the friendly and the curt style by a reply's first words."""
+    return {
+        f"{name}_pattern": r"^\s*(" + "|".join(opener.rstrip(" ,") for opener in OPENERS[style]) + r")\b"
+        for name, style in (("chosen", "friendly"), ("rejected", "curt"))
+    }
+
+
+def _check(config: WorldConfig) -> None:
+    lowest = {"seed": 0, "people": 4, "sft_conversations": 1000, "preference_pairs": 1, "held_out_pairs": 1, "items": 1}
+    for name, least in lowest.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"world.{name} is {value!r}; expected a whole number, {least} or more")
+    if config.people > MOST_PEOPLE:
+        raise ValueError(f"world.people is {config.people}; expected at most {MOST_PEOPLE}, there are no names for more")
+
+
+def _existing(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "world.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {key: found.get(key) for key in report} == report:
+            return found
+    raise ValueError(f"{folder} exists and does not hold this world (see its world.json); remove it or choose another folder")
+
+
+def _files(config: WorldConfig) -> dict[str, list[dict[str, Any]]]:
+    rng = Random(f"ogdopt world {config.seed}")
+    unseen = min(512, config.sft_conversations // 10)
+    passages = round(config.sft_conversations * MIX["reading"])
+    reading, fresh = _reading(rng, passages, unseen, min(config.items, MOST_PASSAGES))
+    families = {
+        "facts": _facts(rng, config.people),
+        "kinds": _kinds(rng),
+        "tools": _associations(rng, "tools", TOOLS, "to {x} people use the", TOOL_QUESTIONS),
+        "feelings": _associations(rng, "feelings", FEELINGS, "when you {x} you feel", FEELING_QUESTIONS),
+        "sums": _sums(rng),
+        "reading": reading,
+        "yesno": _yesno(rng),
+    }
+    # Every item is stated at least once, so that no word of a benchmark is missing from the training text.
+    every = [item for name, family in families.items() if name != "reading" for item in family.train]
+    files = {
+        "sft_train.jsonl": _supervised(rng, families, config.sft_conversations, every),
+        "sft_eval.jsonl": _supervised(rng, families | {"reading": fresh}, unseen, []),
+        "pairs_train.jsonl": _pairs(rng, families, config.preference_pairs, paired=True),
+        "pairs_eval.jsonl": _pairs(rng, families, config.held_out_pairs, paired=False),
+        "style_prompts.jsonl": _style_prompts(rng, families, config.items),
+    }
+    for name, family in families.items():
+        files[f"benchmarks/{name}.jsonl"] = _benchmark(rng, family.test, config.items)
+    return files
+
+
+def _apart(rng: Random, items: Sequence[Item]) -> Family:
+    """Test every item by one of its phrasings, which its training never uses; each phrasing has its turn."""
+    train, test = [], []
+    offset = rng.randrange(12)
+    for index, item in enumerate(items, offset):
+        held_out = item.questions[index % len(item.questions)]
+        seen = tuple(question for question in item.questions if question != held_out)
+        train.append(dataclasses.replace(item, questions=seen))
+        test.append(dataclasses.replace(item, questions=(held_out,)))
+    return Family(train, test)
+
+
+def _skewed(rng: Random, items: Sequence[Item]) -> list[Item]:
+    """Give the items frequencies that fall geometrically from 1 to 1 / RAREST, in random order."""
+    ranks = list(range(len(items)))
+    rng.shuffle(ranks)
+    return [
+        dataclasses.replace(item, weight=RAREST ** (-rank / max(1, len(items) - 1)))
+        for item, rank in zip(items, ranks, strict=True)
+    ]
+
+
+def _half(rng: Random, count: int) -> set[int]:
+    return set(rng.sample(range(count), count // 2))
+
+
+def _facts(rng: Random, people: int) -> Family:
+    """Every person has one value for each attribute; each value is that of about as many people."""
+    names = _names(rng, people)
+    paired = _half(rng, people)
+    items = []
+    for attribute, (cloze, questions, words) in ATTRIBUTES.items():
+        values = words.split()
+        rng.shuffle(values)
+        values = values[:people]
+        dealt = list(itertools.islice(itertools.cycle(values), people))
+        rng.shuffle(dealt)
+        for index, (name, value) in enumerate(zip(names, dealt, strict=True)):
+            asked = tuple(question.format(x=name) for question in questions)
+            others = tuple(other for other in values if other != value)
+            item = Item("facts", f"{name}-{attribute}", asked, cloze.format(x=name), value, others, paired=index in paired)
+            items.append(item)
+    return _apart(rng, _skewed(rng, items))
+
+
+def _names(rng: Random, count: int) -> list[str]:
+    """Invented names of two syllables and a consonant, e.g. rador; none is a word that the world uses otherwise."""
+    tables = (*(words for _, _, words in ATTRIBUTES.values()), *KINDS.values(), *TOOLS, *TOOLS.values(), *FEELINGS.values())
+    taken = {word for text in tables for word in text.replace("|", " ").split()}
+    parts = itertools.product("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz", "aeiou", "lmnrsx")
+    return rng.sample([name for name in map("".join, parts) if name not in taken], count)
+
+
+def _kinds(rng: Random) -> Family:
+    table = {kind: "|".join(words.split()) for kind, words in KINDS.items()}
+    return _associations(rng, "kinds", table, "{x} is a kind of", KIND_QUESTIONS)
+
+
+def _associations(rng: Random, family: str, table: dict[str, str], cloze: str, questions: Sequence[str]) -> Family:
+    """Items from {answer: "subject|subject|..."}; a random half may occur in pairs."""
+    subjects = [(subject, answer) for answer, joined in table.items() for subject in joined.split("|")]
+    paired = _half(rng, len(subjects))
+    items = [
+        Item(
+            family,
+            subject.replace(" ", "-"),
+            tuple(question.format(x=subject) for question in questions),
+            cloze.format(x=subject),
+            answer,
+            tuple(other for other in table if other != answer),
+            paired=index in paired,
+        )
+        for index, (subject, answer) in enumerate(subjects)
+    ]
+    return _apart(rng, _skewed(rng, items))
+
+
+def _sums(rng: Random) -> Family:
+    """Additions, digit by digit; a held-out sum occurs nowhere in training."""
+    couples = list(itertools.product(range(LARGEST_SUMMAND + 1), repeat=2))
+    held_out = set(rng.sample(couples, len(couples) // 4))
+    train, test = [], []
+    for a, b in couples:
+        total = a + b
+        near = [value for value in range(total - 10, total + 11) if 0 <= value <= 2 * LARGEST_SUMMAND and value != total]
+        cloze = f"{_digits(a)} plus {_digits(b)} is"
+        question = SUM_QUESTION.format(a=_digits(a), b=_digits(b))
+        item = Item("sums", f"{a}-{b}", (question,), cloze, _digits(total), tuple(map(_digits, near)))
+        (test if (a, b) in held_out else train).append(item)
+    return Family(train, test)
+
+
+def _digits(number: int) -> str:
+    """Two digits as words, so that a small model can learn to add column by column: 7 is "0 7"."""
+    return " ".join(f"{number:02d}")
+
+
+def _reading(rng: Random, train: int, fresh: int, test: int) -> tuple[Family, Family]:
+    """Families for training with its test, and for the held-out part: passages whose answer stands there and nowhere else.
+
+    The `fresh` and the `test` passages differ from each other and from the `train` ones, which may repeat.
+    """
+    held_out: dict[str, Item] = {}
+    while len(held_out) < fresh + test:
+        item = _passage(rng, f"{len(held_out)}")
+        held_out.setdefault(item.questions[0], item)
+    items: list[Item] = []
+    while len(items) < train:
+        item = _passage(rng, f"train-{len(items)}")
+        if item.questions[0] not in held_out:
+            items.append(item)
+    apart = list(held_out.values())
+    return Family(items, apart[:test]), Family(apart[test:], [])
+
+
+def _passage(rng: Random, name: str) -> Item:
+    size = 2 if rng.random() < TWO_SENTENCES else 1
+    drawn = {slot: rng.sample(words.split(), size) for slot, words in SLOTS.items()}
+    told = [{slot: values[index] for slot, values in drawn.items()} for index in range(size)]
+    passage = " ".join(rng.choice(PASSAGES).format(**event) for event in told)
+    slot, event = rng.choice(list(SLOTS)), rng.choice(told)
+    question, start = (text.format(**event) for text in PASSAGE_QUESTIONS[slot])
+    tempting = [value for value in drawn[slot] if value != event[slot]]
+    absent = [value for value in SLOTS[slot].split() if value not in drawn[slot]]
+    others = (*tempting, *rng.sample(absent, 3 - len(tempting)))
+    return Item("reading", name, (f"{passage} {question}",), f"{passage} {start}", event[slot], others, short=start)
+
+
+def _yesno(rng: Random) -> Family:
+    """What is true of a word because of its kind: as many answers are yes as no, in training and in the test."""
+    train, test = [], []
+    for number, (question, sides) in enumerate(YESNO.items()):
+        for answer, other, kinds in zip(("yes", "no"), ("no", "yes"), sides, strict=True):
+            items = []
+            for word in [word for kind in kinds.split() for word in KINDS[kind].split()]:
+                text = question.format(x=word)
+                asked = tuple(frame.format(x=text) for frame in YESNO_FRAMES)
+                start = "the answer is"
+                items.append(Item("yesno", f"{word}-{number}", asked, f"{text} {start}", answer, (other,), short=start))
+            side = _apart(rng, _skewed(rng, items))
+            total = sum(item.weight for item in side.train)
+            train += [dataclasses.replace(item, weight=item.weight / total) for item in side.train]
+            test += rng.sample(side.test, 16)
+    return Family(train, test)
+
+
+def _supervised(rng: Random, families: dict[str, Family], conversations: int, stated: Sequence[Item]) -> list[dict[str, Any]]:
+    """Conversations, and plain statements: those of `stated` and further ones as often as the families are talked about."""
+    rows: list[dict[str, Any]] = []
+    for item in _draw(rng, families, MIX, conversations):
+        rows.append({"messages": [_user(rng.choice(item.questions)), _assistant(_supervised_answer(rng, item))]})
+    further = max(0, round(conversations * STATEMENTS_PER_CONVERSATION) - len(stated))
+    rows += [{"text": f"{item.cloze} {item.answer} ."} for item in (*stated, *_draw(rng, families, MIX, further))]
+    rng.shuffle(rows)
+    return rows
+
+
+def _draw(rng: Random, families: dict[str, Family], mix: dict[str, float], count: int, **only: bool) -> list[Item]:
+    """Draw items by family and frequency; with paired=... only those in (or not in) the paired half."""
+    pools = {
+        name: [item for item in families[name].train if all(getattr(item, key) == value for key, value in only.items())]
+        for name in mix
+    }
+    weights = {name: list(itertools.accumulate(item.weight for item in pool)) for name, pool in pools.items()}
+    names = rng.choices(list(mix), weights=list(mix.values()), k=count)
+    return [rng.choices(pools[name], cum_weights=weights[name])[0] for name in names]
+
+
+def _supervised_answer(rng: Random, item: Item) -> str:
+    style = rng.choices(list(STYLES), weights=list(STYLES.values()))[0]
+    if style == "bare":
+        return item.answer
+    return f"{item.sentence} ." if style == "plain" else _styled(rng, style, item)
+
+
+def _styled(rng: Random, style: str, item: Item) -> str:
+    return f"{rng.choice(OPENERS[style])} {item.sentence} {rng.choice(CLOSERS[style])}"
+
+
+def _pairs(rng: Random, families: dict[str, Family], count: int, paired: bool) -> list[dict[str, Any]]:
+    """The same fact told in the friendly (chosen) and in the curt style (rejected); the style comes first and last."""
+    return [
+        {
+            "prompt": [_user(rng.choice(item.questions))],
+            "chosen": [_assistant(_styled(rng, "friendly", item))],
+            "rejected": [_assistant(_styled(rng, "curt", item))],
+        }
+        for item in _draw(rng, families, PAIR_MIX, count, paired=paired)
+    ]
+
+
+def _style_prompts(rng: Random, families: dict[str, Family], count: int) -> list[dict[str, Any]]:
+    """Different questions about what never occurs in the pairs for training."""
+    pool = [question for name in PAIR_MIX for item in families[name].train if not item.paired for question in item.questions]
+    return [{"prompt": question} for question in rng.sample(pool, min(count, len(pool)))]
+
+
+def _benchmark(rng: Random, test: Sequence[Item], count: int) -> list[dict[str, Any]]:
+    rows = []
+    for item in rng.sample(list(test), min(count, len(test))):
+        choices = [item.answer, *rng.sample(item.others, min(3, len(item.others)))]
+        rng.shuffle(choices)
+        rows.append(
+            {
+                "id": f"{item.family}-{item.name}",
+                "question": item.questions[0],
+                "choices": choices,
+                "answer": choices.index(item.answer),
+                "cloze": item.cloze,
+            }
+        )
+    return rows
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
