@@ -29,7 +29,7 @@ def replaced(folder: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) through a temporary sibling, its bytes on the disk before it takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

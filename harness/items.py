@@ -32,7 +32,7 @@ def names_answer(reply: str, item: Row) -> int:
 
 @lru_cache(maxsize=10_000)
 def naming(choice: str) -> re.Pattern[str]:
-    """Finds a choice as whole words without its full stop: no word character beside it, nor a digit beyond a decimal sign ("12.5" is not 12)."""
+    """Finds a choice as whole words, without its full stop; "12.5" does not name 12, and "blackbird" does not name black."""
     named = choice.rstrip(".!?") or choice  # a sentence names "Positive." too
     words = r"\s+".join(map(re.escape, named.split()))
     return re.compile(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", re.IGNORECASE)
