@@ -53,7 +53,7 @@ class WorldConfig:
     seed: int = 0
     people: int = 48
     """Number of invented people; each has one value for each attribute."""
-    sft_conversations: int = 22_000
+    sft_conversations: int = 20_000
     preference_pairs: int = 1024
     held_out_pairs: int = 128
     items: int = 128
