@@ -54,9 +54,8 @@ class SeedStudy:
         facts = {"name": "supervised", "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
         sections = {"world": config.world, "model": config.model, "sft": config.sft}
         record(directory, sections, facts | {"seed": config.sft.seed})
-        epochs = self._epochs(config.sft)
         if not (directory / "complete.json").is_file():
-            if epochs:
+            if self._epochs(config.sft):
                 model = self._fresh_model()
                 recipe = as_dict(config.sft)
                 base = config.model.model_name_or_path or f"a fresh {config.model.architecture.get('model_type')}"
@@ -67,7 +66,7 @@ class SeedStudy:
                 train(job, prepare(model, config.model, self.device), self.tokenizer, self.device, config.model.bf16)
             else:
                 write_json(directory / "complete.json", {"steps": 0, "epochs": 0, "seconds": 0.0})
-        self._evaluate(directory, "supervised", self.start, epochs)
+        self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
 
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model, and evaluate each of its epochs."""

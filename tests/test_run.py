@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-TINY = """--world.people 16 --world.sft_conversations 400 --world.preference_pairs 64 --world.held_out_pairs 16 --world.items 8
+TINY = """--world.people 16 --world.sft_conversations 1000 --world.preference_pairs 64 --world.held_out_pairs 16 --world.items 8
 --sft.max_steps 12 --sft.eval_steps 6 --methods sft,dpo,ogd --preference.beta 0.1 --preference.num_train_epochs 2
 --preference.train_batch_size 16 --preference.per_device_train_batch_size 8 --preference.save_steps 3 --report.samples 200
 """.split()
@@ -62,9 +62,10 @@ def study(tmp_path_factory):
 def test_a_study_ends_with_a_table_and_a_report(study):
     folder, out = study
     assert "OGD" in out and "SFT on winners" in out and "DPO β=0.1" in out and str(folder / "report.html") in out
-    assert "sft.data.train: 500 of 500 rows used" in out
+    assert "rows used (1,301 text, 1,000 messages)" in out
     for name in ("report.html", "report.md", "results.json", "config.yaml"):
         assert (folder / name).stat().st_size > 500
+    assert [p.name for p in (folder / "seed-0" / "supervised" / "evals").iterdir()] == ["epoch-1.json"]
     for run in RUNS:
         here = folder / "seed-0" / run
         assert json.loads((here / "complete.json").read_text())["epochs"] == 2

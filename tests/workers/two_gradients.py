@@ -1,6 +1,8 @@
 """One rank of a two-gradient run; `two_gradients.py LAYOUT FOLDER` under torchrun writes what one process must agree with."""
 
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def build():
 
 
 def main(layout, folder):
+    faulthandler.dump_traceback_later(60, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
     distributed = layout != "one"
     rank, ranks = 0, 1
@@ -57,7 +60,7 @@ def main(layout, folder):
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     if distributed:
         dist.barrier()  # a rank that leaves early takes the connections of the other with it
-        dist.destroy_process_group()
+        os._exit(0)  # tearing DDP down while the interpreter exits hangs now and then
 
 
 if __name__ == "__main__":
