@@ -22,7 +22,7 @@ def build():
 
 
 def main(layout, folder):
-    faulthandler.dump_traceback_later(60, exit=True)  # a rank that hangs says where
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
     distributed = layout != "one"
     rank, ranks = 0, 1
