@@ -28,6 +28,8 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.optim import Optimizer
 
+from harness.files import replaced
+
 KEPT = 2
 
 
@@ -46,10 +48,8 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimize
     Raises OSError (disk full, say) with the earlier checkpoints intact.
     """
     final = folder / f"step-{progress.step:08d}"
-    temporary = folder / f"{final.name}.tmp"
     clear_leftovers(folder)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced(final) as temporary:
         save_weights(model, str(temporary / "model.safetensors"))
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
         save_file(_rng(), temporary / "rng.safetensors")
@@ -58,11 +58,6 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimize
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for file in temporary.iterdir():
             _sync(file)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
     _sync(folder)
     for old in found(folder)[:-KEPT]:
         shutil.rmtree(old)

@@ -127,9 +127,7 @@ class Trainer:
         self.plan = job.plan
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
         config = job.config
-        options = dict(config.optimizer_args)
-        if config.optimizer in ("RMSprop", "Adam", "AdamW", "SGD"):
-            options.setdefault("foreach", False)  # the foreach step makes a temporary of the model's size
+        options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
         base = getattr(torch.optim, config.optimizer)(model.parameters(), lr=config.learning_rate, **options)
         self.optimizer = PairedGradient(base, self.method.rule, max_norm=config.max_grad_norm)
         warmup = config.warmup_steps if config.warmup_ratio is None else round(config.warmup_ratio * self.plan.steps)

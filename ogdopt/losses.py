@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,14 +53,6 @@ class Pairs(NamedTuple):
                 "compute the reference model's log-probabilities of both completions and pass them in Pairs"
             )
         return self.chosen.logp - self.ref_chosen, self.rejected.logp - self.ref_rejected
-
-
-class PreferenceLoss(Protocol):
-    """What every entry of `LOSSES` looks like."""
-
-    def __call__(self, pairs: Pairs, *, beta: float = ...) -> Tensor:
-        """One number a pair, (B,)."""
-        ...
 
 
 @dataclass(frozen=True)
