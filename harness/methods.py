@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ogdopt.projection import Rule, ogd, watch
+from ogdopt.projection import Rule, orthogonal, watch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "sft": Method("nll", ("winner",), label="SFT on winners"),
     "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
-    "ogd": Method("nll", ("loser", "winner"), ogd, label="OGD"),
+    "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
 }
 
 

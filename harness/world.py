@@ -34,7 +34,7 @@ CLOSERS = {
 STYLES = {"bare": 0.5, "plain": 0.2, "friendly": 0.15, "curt": 0.15}
 """Share of each style among the supervised answers: no style wins before the preference stage."""
 
-MIX = {"facts": 0.18, "kinds": 0.035, "tools": 0.04, "feelings": 0.04, "sums": 0.20, "reading": 0.285, "yesno": 0.22}
+MIX = {"facts": 0.18, "kinds": 0.03, "tools": 0.04, "feelings": 0.04, "sums": 0.20, "reading": 0.29, "yesno": 0.22}
 """Share of each family among the supervised conversations (and among the plain statements)."""
 PAIR_MIX = {"facts": 0.7, "kinds": 0.15, "tools": 0.15}
 """Share of each family among the preference pairs; the other families never occur there."""
@@ -169,6 +169,8 @@ YESNO = {
 }
 """Question about a word -> the kinds for which the answer is yes, and no."""
 YESNO_FRAMES = ("yes or no , {x}", "tell me , {x}", "is it so , {x}")
+YESNO_TESTED, YESNO_INFERRED = 16, 4
+"""Test items for each question and answer; so many of them are asked nowhere in training and follow from the word's kind."""
 
 SUM_QUESTION = "what is {a} plus {b} ?"
 LARGEST_SUMMAND = 24
@@ -448,9 +450,12 @@ def _yesno(rng: Random) -> Family:
                 start = "the answer is"
                 items.append(Item("yesno", f"{word}-{number}", asked, f"{text} {start}", answer, (other,), short=start))
             side = _apart(rng, _skewed(rng, items))
-            total = sum(item.weight for item in side.train)
-            train += [dataclasses.replace(item, weight=item.weight / total) for item in side.train]
-            test += rng.sample(side.test, 16)
+            tested = rng.sample(side.test, YESNO_TESTED)
+            inferred = {item.name for item in tested[:YESNO_INFERRED]}
+            taught = [item for item in side.train if item.name not in inferred]
+            total = sum(item.weight for item in taught)
+            train += [dataclasses.replace(item, weight=item.weight / total) for item in taught]
+            test += tested
     return Family(train, test)
 
 

@@ -48,7 +48,13 @@ class Gram(NamedTuple):
     @property
     def cosine(self) -> Tensor:
         """Cosine of the angle between the gradients; 0 where one of them is 0."""
-        return torch.where(self.ww * self.ll > 0, self.wl / (self.ww.sqrt() * self.ll.sqrt()), 0.0).clamp(-1, 1)
+        return torch.where((self.ww > 0) & (self.ll > 0), self.wl / self.ww.sqrt() / self.ll.sqrt(), 0.0).clamp(-1, 1)
+
+    @property
+    def same_direction(self) -> Tensor:
+        """Whether the gradients are parallel (not opposed) up to the rounding of their type."""
+        # Written without ww * ll, which over- or underflows long before the numbers themselves do.
+        return (self.wl > 0) & (1 - (self.wl / self.ww.sqrt() / self.ll.sqrt()) ** 2 <= self.parallel)
 
     def pooled(self, sizes: Sequence[int]) -> Gram:
         """The numbers of blocks of `sizes` consecutive tensors each, added in a fixed order."""

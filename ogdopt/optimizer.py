@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ogdopt.gram import DTensor, Gram, gram, mix_, settled
-from ogdopt.projection import Rule, Scope, block_sizes, ogd
+from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
@@ -371,7 +371,7 @@ class PairedGradient(Optimizer):
 class ProjectedGradient(PairedGradient):
     """Orthogonal gradient descent around any torch optimizer: the winner's likelihood goes up, the loser's does not.
 
-    Takes `base` and the options of `PairedGradient`; the rule is `ogdopt.projection.ogd` (Definition 4.1). The guarantees
+    Takes `base` and the options of `PairedGradient`; the rule is `projection.orthogonal` (Definition 4.1). The guarantees
     of theorems 5.3 and 5.4 are for the direction that is handed to the base; a base that rescales it element by element
     (RMSprop, Adam) or adds momentum or weight decay keeps them only approximately.
 
@@ -394,7 +394,9 @@ class ProjectedGradient(PairedGradient):
         on_nonfinite: Literal["skip", "raise"] = "skip",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(base, ogd, max_norm=max_norm, scope=scope, on_nonfinite=on_nonfinite, process_group=process_group)
+        super().__init__(
+            base, orthogonal, max_norm=max_norm, scope=scope, on_nonfinite=on_nonfinite, process_group=process_group
+        )
 
 
 def _check_base(base: Any) -> None:

@@ -3,18 +3,25 @@
 A rule gets a `Gram` whose entries are blocks (one for the whole model, or one a parameter group or tensor) and returns
 `(a, b)` of the same shape: the step's gradient is `a g_w + b g_l`.
 
-    ogd:     (1, -max(0, wl)/ll)     the winner's gradient without the part that would also help the loser
-    watch:   (1, 0)                  the winner's gradient; measures and changes nothing
+    orthogonal   (1, -max(0, wl)/ll)         OGD: the winner's gradient without the part that would also help the loser
+    normalized   (1/|g_w|, -1/|g_l|)         the difference of the unit vectors
+    interval(t)  between the two and beyond  every direction that raises winners and lowers losers
+    sum, mgda, pcgrad, upgrad                the gradients of L_w and -L_l as two objectives of equal right
+    watch        (1, 0)                      the winner's gradient; measures and changes nothing
 
 Orthogonal gradient descent, Definition 4.1: u = g_w - c g_l with c = max(0, <g_w, g_l>)/|g_l|^2 is the Euclidean
 projection of g_w on the half-space {v : <v, g_l> <= 0}. Therefore, for the step -eta u and to first order,
 
     the winner's loss falls:           <-eta u, g_w> = -eta |u|^2 <= 0                  (theorem 5.3)
     the loser's loss does not fall:    <-eta u, g_l> = eta max(0, -wl) >= 0             (theorem 5.4)
+
+Every rule returns NaN where the numbers are not finite, and leaves a zero gradient out.
 """
 
 from __future__ import annotations
 
+import builtins
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -28,29 +35,93 @@ Scope: TypeAlias = Literal["global", "group", "tensor"]
 SCOPES = ("global", "group", "tensor")
 
 
-def ogd(gram: Gram) -> tuple[Tensor, Tensor]:
+def orthogonal(gram: Gram) -> tuple[Tensor, Tensor]:
     """Orthogonal gradient descent (Definition 4.1): coefficients `(1, -max(0, wl)/ll)`, one pair a block.
 
     - `g_l = 0`: nothing to remove, (1, 0).
     - conflict, `wl <= 0`: (1, 0), the winner's gradient bit for bit.
     - parallel, `wl > 0` and 1 - cos^2 within rounding: (0, 0), since what is left of g_w would be rounding noise that
       an adaptive optimizer blows up to full steps.
-    - non-finite numbers: NaN.
 
     >>> import torch
     >>> one = torch.ones((), dtype=torch.float64)
-    >>> [x.item() for x in ogd(Gram(ww=2 * one, wl=one, ll=4 * one))]
+    >>> [x.item() for x in orthogonal(Gram(ww=2 * one, wl=one, ll=4 * one))]
     [1.0, -0.25]
     """
-    ww, wl, ll = gram.ww, gram.wl, gram.ll
-    c = torch.where(ll > 0, wl.clamp(min=0) / ll, 0.0)
-    # Written without ww * ll, which over- or underflows long before the numbers themselves do.
-    sine2 = 1 - (wl / ww.sqrt() / ll.sqrt()) ** 2
-    parallel = (wl > 0) & (sine2 <= gram.parallel)
-    a = torch.where(parallel, 0.0, torch.ones_like(ww))
-    b = torch.where(parallel, 0.0, -c)
-    finite = (ww + wl + ll).isfinite()
-    return torch.where(finite, a, torch.nan), torch.where(finite, b, torch.nan)
+    kept = torch.where(gram.same_direction, 0.0, torch.ones_like(gram.ww))
+    return _checked(gram, kept, -kept * _ratio(gram.wl.clamp(min=0), gram.ll))
+
+
+def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
+    """Normalized preference optimization ("gradient entanglement", section 5.1): `(1/|g_w|, -1/|g_l|)`.
+
+    The winner's likelihood rises and the loser's falls at every step, whatever the angle.
+
+    >>> import torch
+    >>> one = torch.ones((), dtype=torch.float64)
+    >>> [x.item() for x in normalized(Gram(ww=4 * one, wl=one, ll=16 * one))]
+    [0.5, -0.25]
+    """
+    one = torch.ones_like(gram.ww)
+    return _checked(gram, _ratio(one, gram.ww.sqrt()), -_ratio(one, gram.ll.sqrt()))
+
+
+def interval(t: float) -> Rule:
+    """The rule at place `t` of all directions that raise winners and lower losers (SPEC 4.8), 0 <= t <= 1.
+
+    With wl > 0, `r g_w - g_l` does both exactly for r in [wl/ww, ll/wl]; `t` runs through it geometrically. t = 1 is OGD
+    (the loser stays, the winner rises most), t = 1/2 has the direction of `normalized`, t = 0 leaves the winner where it is
+    and lowers the loser. With cos+ = max(0, cosine) the coefficients are `(1, -|g_w|/|g_l| cos+^(2t-1))` from t = 1/2 on and
+    `(cos+^(1-2t), -|g_w|/|g_l|)` below, which is continuous also where the gradients conflict.
+
+    Raises ValueError for a `t` outside [0, 1].
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"interval({t}): expected a number from 0 (the winner stays) to 1 (the loser stays, OGD)")
+    if t == 1:
+        return orthogonal
+    return functools.partial(_interval, t=t)
+
+
+def _interval(gram: Gram, t: float) -> tuple[Tensor, Tensor]:
+    kappa = gram.cosine.clamp(min=0) ** abs(2 * t - 1)
+    lengths = _ratio(gram.ww.sqrt(), gram.ll.sqrt())
+    one = torch.ones_like(kappa)
+    a, b = (one, kappa) if t >= 0.5 else (kappa, one)
+    a = torch.where(gram.ll > 0, a, 1.0)
+    # Parallel gradients leave no direction that does both; what would be left of them is rounding noise.
+    kept = torch.where(gram.same_direction, 0.0, one)
+    return _checked(gram, kept * a, -kept * b * lengths)
+
+
+def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
+    """PCGrad on the gradients of L_w and -L_l: the sum of both, each without its part against the other.
+
+    `(1 + max(0, wl)/ww, -1 - max(0, wl)/ll)`. Not OGD, which gives the second objective no weight of its own.
+    """
+    shared = gram.wl.clamp(min=0)
+    return _checked(gram, 1 + _ratio(shared, gram.ww), -1 - _ratio(shared, gram.ll))
+
+
+def upgrad(gram: Gram) -> tuple[Tensor, Tensor]:
+    """UPGrad with equal preferences on L_w and -L_l: the mean of both gradients, each projected on their dual cone.
+
+    For two objectives it is half of `pcgrad`. With preference (1, 0) it would be OGD.
+    """
+    a, b = pcgrad(gram)
+    return a / 2, b / 2
+
+
+def mgda(gram: Gram) -> tuple[Tensor, Tensor]:
+    """MGDA on L_w and -L_l: the shortest vector `gamma g_w - (1 - gamma) g_l`, 0 <= gamma <= 1."""
+    gamma = _ratio(gram.ll + gram.wl, gram.ww + 2 * gram.wl + gram.ll).clamp(0, 1)
+    return _checked(gram, gamma, gamma - 1)
+
+
+def sum(gram: Gram) -> tuple[Tensor, Tensor]:
+    """The plain sum of the gradients of L_w and -L_l: (1, -1), gradient ascent on losers."""
+    one = torch.ones_like(gram.ww)
+    return _checked(gram, one, -one)
 
 
 def watch(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -61,8 +132,17 @@ def watch(gram: Gram) -> tuple[Tensor, Tensor]:
     >>> [x.item() for x in watch(Gram(ww=2 * one, wl=one, ll=4 * one))]
     [1.0, 0.0]
     """
-    finite = torch.where((gram.ww + gram.wl + gram.ll).isfinite(), 0.0, torch.nan)
-    return 1.0 + finite, finite
+    return _checked(gram, torch.ones_like(gram.ww), torch.zeros_like(gram.ww))
+
+
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 where y is 0."""
+    return torch.where(y > 0, x / y, 0.0)
+
+
+def _checked(gram: Gram, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    finite = (gram.ww + gram.wl + gram.ll).isfinite()
+    return torch.where(finite, a, torch.nan), torch.where(finite, b, torch.nan)
 
 
 def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
@@ -76,10 +156,11 @@ def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
     >>> block_sizes("global", [2, 3]), block_sizes("group", [2, 3]), block_sizes("tensor", [2, 3])
     ([5], [2, 3], [1, 1, 1, 1, 1])
     """
+    total = builtins.sum(group_sizes)
     if scope == "global":
-        return [sum(group_sizes)]
+        return [total]
     if scope == "group":
         return [n for n in group_sizes if n]
     if scope == "tensor":
-        return [1] * sum(group_sizes)
+        return [1] * total
     raise ValueError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")

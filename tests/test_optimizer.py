@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 from ogdopt import GradientError, NonFiniteGradient, PairedGradient, ProjectedGradient
-from ogdopt.projection import ogd, watch
+from ogdopt.projection import orthogonal, watch
 from tests.gradients import EPS, inner, norm, pairs, parameters, reference
 
 
@@ -466,7 +466,7 @@ def test_copies_keep_base_options_and_state(clone):
     model, opt, winner, loser = toy(max_norm=0.3)
     opt.step(winner, loser)
     twin_model, twin = clone((model, opt))
-    assert isinstance(twin, ProjectedGradient) and twin.max_norm == 0.3 and twin.rule is ogd
+    assert isinstance(twin, ProjectedGradient) and twin.max_norm == 0.3 and twin.rule is orthogonal
     ours, theirs = [list(m.parameters()) for m in (model, twin_model)]
     for p, q in zip(ours, theirs):
         p.grad = torch.ones_like(p)

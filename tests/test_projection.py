@@ -6,14 +6,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ogdopt.gram import Gram, gram
-from ogdopt.projection import block_sizes, ogd, watch
+from ogdopt.projection import block_sizes, orthogonal, watch
 from tests.gradients import EPS, inner, norm, pairs
 
 
 def mixed(ws, ls, sizes=None):
     """u in float64, from the rule's coefficients block by block."""
     blocks = gram(ws, ls).pooled(sizes or [len(ws)])
-    a, b = ogd(blocks)
+    a, b = orthogonal(blocks)
     index = [i for i, n in enumerate(sizes or [len(ws)]) for _ in range(n)]
     return [a[i] * w.double() + b[i] * x.double() for i, w, x in zip(index, ws, ls)], blocks
 
@@ -67,7 +67,7 @@ def test_invariant_to_the_losers_scale_and_linear_in_the_winners(case, k, m):
 def test_norm_from_the_numbers_alone(case):
     ws, ls, _, _ = case
     u, blocks = mixed(ws, ls)
-    a, b = ogd(blocks)
+    a, b = orthogonal(blocks)
     assert blocks.norm(a, b).item() == pytest.approx(norm(u), abs=1e-7 * norm(ws))
 
 
@@ -81,7 +81,7 @@ def test_near_parallel_norm(exponent):
     sine = 10.0 ** (-exponent / 2)
     winner = loser + sine * other
     blocks = gram([winner], [loser]).pooled([1])
-    a, b = ogd(blocks)
+    a, b = orthogonal(blocks)
     assert blocks.norm(a, b).item() == pytest.approx(sine * other.norm().item(), rel=1e-14 / sine**2 + 1e-12)
 
 
@@ -107,7 +107,7 @@ def test_finest_blocks_are_a_sign_mask():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", [0, 1, 2])
-@pytest.mark.parametrize("rule", [ogd, watch])
+@pytest.mark.parametrize("rule", [orthogonal, watch])
 def test_non_finite_numbers_give_non_finite_coefficients(rule, where, bad):
     numbers = [torch.ones(1, dtype=torch.float64) for _ in range(3)]
     numbers[where] = numbers[where] * bad
