@@ -106,12 +106,25 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
         return
     for w, l in _chunks(local(winner), local(loser)):
         x = w.to(torch.float64, copy=True)
-        x.mul_(a.to(x.device)).addcmul_(l.to(torch.float64), b.to(x.device))
+        x.mul_(a.to(x.device)).addcmul_(l.to(x), b.to(x.device))
         w.copy_(x)
 
 
+def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tensor:
+    """(<delta, u>, <delta, l>) for the change from `before` (a local part) to the parameter as it is, float64, on the CPU."""
+    total = torch.zeros(2, dtype=torch.float64)
+    if _owned(p):
+        for k, g in enumerate((u, l)):
+            if g is not None:
+                for new, old, g_ in _chunks(local(p), before, local(g)):
+                    total[k] += ((new.double() - old) * g_.to(new.device)).sum(dtype=torch.float64).cpu()
+    return total
+
+
 def local(g: Tensor) -> Tensor:
-    """The part of a gradient that this rank holds, as a plain real tensor that shares its memory."""
+    """The part of a gradient that this rank holds, as a plain real tensor that shares its memory (or as it is stored)."""
+    if not isinstance(g, Tensor):
+        return g
     if isinstance(g, DTensor):
         g = g.to_local()
     return torch.view_as_real(g) if g.is_complex() else g
@@ -165,8 +178,10 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     size = GPU_CHUNK if first.is_cuda else CPU_CHUNK
     if first.numel() == 0:
         return
-    if all(t.is_contiguous() for t in tensors):
-        yield from zip(*(t.view(-1).split(size) for t in tensors))
+    if all(not isinstance(t, Tensor) or t.is_contiguous() for t in tensors):
+        yield from zip(*(t.view(-1).split(size) if isinstance(t, Tensor) else t.pieces(size) for t in tensors))
+    elif not all(isinstance(t, Tensor) for t in tensors):
+        yield from _chunks(*(t if isinstance(t, Tensor) else t.restored() for t in tensors))
     elif first.numel() <= size:
         yield tensors
     else:

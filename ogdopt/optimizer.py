@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,12 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ogdopt.gram import DTensor, Gram, gram, mix_, settled
+from ogdopt import metric as own_metric
+from ogdopt import stored
+from ogdopt.gram import DTensor, Gram, _reduce, gram, local, mix_, moved, settled
+from ogdopt.metric import Entry
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
+from ogdopt.stored import SetAside, Stored
 
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
 Side: TypeAlias = Literal["winner", "loser"]
+Metric: TypeAlias = Literal["euclidean", "optimizer"]
 
 
 class GradientError(RuntimeError):
@@ -34,14 +40,36 @@ class NonFiniteGradient(FloatingPointError):  # noqa: N818 - names what was foun
     """A gradient or loss is infinite or NaN and `on_nonfinite="raise"`; nothing was stepped."""
 
 
+@dataclass
+class Mixture:
+    """What `p.grad` was made of, for what is still to do once it has been stepped on."""
+
+    entries: list[Entry]
+    """The gradients, where they are needed again; else empty, so that they are free before the base steps."""
+    report: StepReport
+    grad_scale: float
+    factor: Tensor
+    """What others multiplied `p.grad` by between project() and step()."""
+
+
 class PairedGradient(Optimizer):
     """Any torch optimizer, stepping on the mixture of two gradients that a rule chooses.
 
     `base` is the optimizer that steps, and `rule` maps Gram numbers to coefficients (`ogdopt.projection`). The mixture is
     clipped to an L2 norm of `max_norm` (None: not at all), after mixing. `scope` says which tensors share coefficients:
-    all ("global"), those of a parameter group ("group"), or none ("tensor"). `on_nonfinite` says what happens when a
-    gradient or loss is infinite or NaN: "skip" leaves the step out, clears the gradients and counts it in `skipped_steps`;
-    "raise" raises NonFiniteGradient. `process_group` is for gradients that are plain local shards.
+    all ("global"), those of a parameter group ("group"), or none ("tensor").
+
+    `metric` says which change of the parameters keeps the rule's promise: "euclidean", the paper's, is about the gradient
+    that the base gets; "optimizer" about what the base makes of it, for RMSprop, Adam, AdamW, Adagrad and SGD with momentum
+    and weight decay (`ogdopt.metric`), at the price of a few more passes over the gradients. It needs the orthogonal rule.
+
+    `set_aside` says how the loser's gradient waits: None by reference, `torch.bfloat16` or "int8" (blocks of 256 with a
+    scale) rounded, "cpu" in the host's memory, or "recompute": not at all, at the price of a second pass of the winner's
+    closure. With `measure_change` the report says what the step did to both losses (it clones the parameters for it).
+
+    `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
+    gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient. `process_group` is for gradients that are
+    plain local shards.
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 
@@ -56,7 +84,10 @@ class PairedGradient(Optimizer):
         *,
         max_norm: float | None = None,
         scope: Scope = "global",
+        metric: Metric = "euclidean",
+        set_aside: SetAside = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        measure_change: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: groups, state and defaults are the base's, read through properties, so that
@@ -67,10 +98,24 @@ class PairedGradient(Optimizer):
             raise ValueError(f"max_norm is {max_norm}; expected a positive number, or None for no clipping")
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite is {on_nonfinite!r}; expected 'skip' or 'raise'")
+        if metric not in ("euclidean", "optimizer"):
+            raise ValueError(f"metric is {metric!r}; expected 'euclidean' or 'optimizer'")
+        stored.check(set_aside)
+        if metric == "optimizer":
+            own_metric.check(base)
+            if rule is not orthogonal:
+                raise ValueError(f"metric='optimizer' projects, and the rule is {_name(rule)}; expected projection.orthogonal")
+            if set_aside == "recompute":
+                raise ValueError(
+                    "metric='optimizer' needs both gradients at once, and set_aside='recompute' never has them; use 'int8'"
+                )
         self.base = base
         self.rule = rule
         self.max_norm = max_norm
         self.scope: Scope = scope
+        self.metric: Metric = metric
+        self.set_aside: SetAside = set_aside
+        self.measure_change = measure_change
         self.on_nonfinite = on_nonfinite
         self.process_group = process_group
         self._set_up()
@@ -91,17 +136,22 @@ class PairedGradient(Optimizer):
         if box["active"]:
             raise GradientError(f"{side}() was entered inside {box['active']}(); close the one before opening the other")
         self._refuse_foreign()
-        waiting = box[side] or {}
-        for p, g in waiting.items():
-            p.grad = g
+        packing = side == "loser" and self.set_aside not in (None, "recompute")
+        box["packed"] = dict(box[side] or {}) if packing else {}
+        for p, g in (box[side] or {}).items():
+            p.grad = None if packing else g
         box["active"] = side
+        hooks = self._on_gradients(self._pack) if packing else []
         try:
             yield
-            box[side] = self._take(side)
+            box[side] = self._take(side, packing)
         except BaseException:
             self._forget()
             self.zero_grad()
             raise
+        finally:
+            for hook in hooks:
+                hook.remove()
         box["active"] = None
 
     def winner(self) -> Any:
@@ -115,13 +165,14 @@ class PairedGradient(Optimizer):
         """Context in which backward passes count as the loser's. Left out, the winner's gradient is used as it is."""
         return self._collect("loser")
 
-    def project(self) -> StepReport:
+    def project(self, grad_scale: float = 1.0) -> StepReport:
         """Mix what the contexts collected into `p.grad`, neither clipped nor stepped; does not wait for the device.
 
-        A parameter with a gradient on one side only counts as zero on the other. Raises GradientError without a winner's
-        gradient.
+        A parameter with a gradient on one side only counts as zero on the other. `grad_scale` is the factor that a scaler
+        put on both losses and takes off before the step (`scaler.get_scale()`); only `metric="optimizer"` needs to know it.
+        Raises GradientError without a winner's gradient.
         """
-        return self._mix(clip=False)
+        return self._mix(clip=False, grad_scale=grad_scale)
 
     def step(self, closure: Closure | Sequence[Closure] | None = None, loser: Closure | None = None) -> StepReport:  # type: ignore[override]
         """Mix the two gradients, clip, step the base, clear; the report says what happened.
@@ -141,12 +192,12 @@ class PairedGradient(Optimizer):
         if winner is not None:
             self._run("winner" if loser is not None else None, winner)
         collected = box["winner"] is not None or box["loser"] is not None or box["active"]
-        ours = collected or box["mixed"]
+        ours = collected or box["mixture"] is not None
         report = self._mix(clip=True) if collected else self._adopt()
         if not report.norm.isfinite():
             self._refuse(report)
             return report
-        self.base.step()
+        self._step_base(report)
         self._forget()
         if ours:
             self.zero_grad()
@@ -157,6 +208,10 @@ class PairedGradient(Optimizer):
     def _parameters(self) -> list[Tensor]:
         """Parameters, each once, in the groups' order; read afresh, since trainers swap them."""
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+    def _blocks(self) -> list[int]:
+        """The block of each parameter, in the order of `_parameters`."""
+        return [k for k, n in enumerate(self._block_sizes()) for _ in range(n)]
 
     def _block_sizes(self) -> list[int]:
         """Tensors in each block of the scope, for parameters in the order of `_parameters`."""
@@ -186,14 +241,14 @@ class PairedGradient(Optimizer):
         """Call a closure, and backward on what it returns unless it has left gradients itself."""
         loss = closure()
         opened_contexts = self._box["active"] is None and self._box["winner"] is not None
-        untouched = not opened_contexts and all(p.grad is None for p in self._parameters())
+        untouched = not opened_contexts and not self._box["packed"] and all(p.grad is None for p in self._parameters())
         if untouched and isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
         return loss
 
     def _refuse_foreign(self) -> None:
         """Drop a mixture that a scaler chose not to step on; refuse gradients that this object did not put there."""
-        if self._box["mixed"]:
+        if self._box["mixture"] is not None:
             self._forget()
             self.zero_grad()
         held = sum(p.grad is not None for p in self._parameters())
@@ -203,12 +258,30 @@ class PairedGradient(Optimizer):
                 "that backward pass inside `with opt.winner():` or `with opt.loser():`"
             )
 
-    def _take(self, side: Side) -> dict[Tensor, Tensor]:
+    def _on_gradients(self, hook: Callable[[Tensor], None]) -> list[Any]:
+        """Call `hook(p)` whenever a backward pass has written p.grad, where it is then the gradient over all ranks."""
+        shared = dist.is_available() and dist.is_initialized()
+        final = [p for p in self._parameters() if p.requires_grad and (isinstance(p, DTensor) or not shared)]
+        return [p.register_post_accumulate_grad_hook(hook) for p in final]
+
+    def _pack(self, p: Tensor) -> None:
+        """Move p.grad into its stored form, added to what is there."""
+        assert p.grad is not None
+        packed, g = self._box["packed"], settled(p.grad, p)
+        if p in packed:
+            one = torch.ones((), dtype=torch.float64)
+            mix_(g, packed[p], one, one)
+        packed[p] = Stored(g, self.set_aside)
+        p.grad = None
+
+    def _take(self, side: Side, packing: bool = False) -> dict[Tensor, Any]:
         """Move every p.grad aside, by reference where nobody else writes to it."""
         shared = dist.is_available() and dist.is_initialized()
-        taken = {}
+        taken = self._box["packed"]
         for p in self._parameters():
-            if p.grad is not None:
+            if p.grad is not None and packing:
+                self._pack(p)
+            elif p.grad is not None:
                 g = settled(p.grad, p)
                 # Under DDP a plain gradient may be a view of the bucket that the next backward overwrites.
                 taken[p] = g.clone() if shared and not isinstance(g, DTensor) else g
@@ -222,28 +295,28 @@ class PairedGradient(Optimizer):
             )
         return taken
 
-    def _mix(self, clip: bool) -> StepReport:
+    @torch.no_grad()
+    def _mix(self, clip: bool, grad_scale: float = 1.0) -> StepReport:
         box = self._box
         if box["active"]:
             raise GradientError(f"project() or step() was called inside {box['active']}(); close that context first")
         if box["winner"] is None:
             raise GradientError("there is no winner's gradient to project; run its backward inside `with opt.winner():` first")
-        parameters = self._parameters()
-        ws = [box["winner"].get(p) for p in parameters]
-        ls = [(box["loser"] or {}).get(p) for p in parameters]
-        report = self._measure(ws, ls, paired=box["loser"] is not None)
+        groups = {p: group for group in reversed(self.param_groups) for p in group["params"]}
+        losers, paired = box["loser"] or {}, box["loser"] is not None
+        entries = [Entry(groups[p], p, box["winner"].get(p), losers.get(p)) for p in self._parameters()]
+        report = self._measure(entries, paired, grad_scale)
         scale = report.scale if clip else torch.ones_like(report.norm)
-        per_tensor = [i for i, n in enumerate(self._block_sizes()) for _ in range(n)]
         a, b = report.a * scale, report.b * scale
-        for p, w, l, i in zip(parameters, ws, ls, per_tensor):
+        for k, (_, p, w, l) in zip(self._blocks(), entries):
+            if l is not None and w is None:
+                w = torch.zeros_like(p)
             if w is not None:
-                mix_(w, l, a[i], b[i])
+                mix_(w, l, a[k], b[k])
                 p.grad = w
-            elif l is not None:
-                mix_(l, None, b[i], b[i])
-                p.grad = l
+        again = paired and (self.measure_change or self.metric == "optimizer")
         self._forget()
-        box["mixed"] = True
+        box["mixture"] = Mixture(entries if again else [], report, grad_scale, torch.ones_like(report.norm))
         box["report"] = report
         return report
 
@@ -253,28 +326,75 @@ class PairedGradient(Optimizer):
         for p in self._parameters():
             if p.grad is not None:
                 p.grad = settled(p.grad, p)
-        gradients = [p.grad for p in self._parameters()]
-        if all(g is None for g in gradients):
+        entries = [Entry({}, p, p.grad, None) for p in self._parameters()]
+        if all(entry.w is None for entry in entries):
             empty = torch.zeros(1, dtype=torch.float64)
             report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, self.max_norm)
         else:
-            report = self._measure(gradients, [None] * len(gradients), paired=False)
+            report = self._measure(entries, paired=False)
             if self.max_norm is not None:
-                for g in gradients:
-                    if g is not None:
-                        mix_(g, None, report.scale, report.scale)
-        if box["mixed"]:  # the numbers of project() say what the two gradients were; the norm is the present one
-            report, report.norm = box["report"], report.norm
+                for entry in entries:
+                    if entry.w is not None:
+                        mix_(entry.w, None, report.scale, report.scale)
+        mixture = box["mixture"]
+        if mixture is not None:  # the numbers of project() say what the two gradients were; the norm is the present one
+            mixture.factor = (report.norm / mixture.report.norm).nan_to_num(1.0)
+            report, report.norm = mixture.report, report.norm
         box["report"] = report
         return report
 
-    def _measure(self, ws: list[Tensor | None], ls: list[Tensor | None], paired: bool) -> StepReport:
+    def _step_base(self, report: StepReport) -> None:
+        """Step the base, and repair or measure the change that it made."""
+        mixture: Mixture | None = self._box["mixture"]
+        if mixture is None or not mixture.entries:
+            self.base.step()
+            return
+        repair = self.metric == "optimizer"
+        if repair and abs(mixture.factor.item() * mixture.grad_scale - 1) > 1e-3:
+            raise GradientError(
+                f"the gradient was rescaled by {mixture.factor.item():.6g} between project() and step(), and "
+                "metric='optimizer' had solved for the step as it was: pass a scaler's factor as "
+                "project(grad_scale=scaler.get_scale()), and clip by max_norm= instead of afterwards"
+            )
+        entries = [entry._replace(w=entry.p.grad) for entry in mixture.entries]
+        reduce = self._reducer([entry.w for entry in entries])
+        before = [local(entry.p.detach()).clone() for entry in entries] if self.measure_change else []
+        self.base.step()
+        scale = report.scale * mixture.factor
+        a, b, sizes = report.a * scale, report.b * scale, self._block_sizes()
+        if repair and (report.inexact or own_metric.drifts(self.base)):
+            own_metric.correct(self.base, entries, sizes, a, b, reduce, driven=report.inexact)
+        if self.measure_change:
+            numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) for e, x in zip(entries, before)])
+            du, dl = reduce(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
+            parallel_wl = report.blocks.wl / report.blocks.ll * dl
+            dw = torch.where(a != 0, (du - b * dl) / a, torch.where(report.blocks.same_direction, parallel_wl, torch.nan))
+            report.change = torch.stack([dw.sum(), dl.sum()])
+
+    def _reducer(self, gradients: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+        """A function that adds numbers over the ranks that share these gradients."""
+        present = [g for g in gradients if g is not None]
+        return lambda numbers: _reduce(numbers, present, self.process_group)
+
+    def _measure(self, entries: list[Entry], paired: bool, grad_scale: float = 1.0) -> StepReport:
         losses = list(self._box["losses"].values())
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
-        blocks = gram(ws, ls, self.process_group, loss).pooled(self._block_sizes())
+        ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
+        sizes = self._block_sizes()
+        blocks = gram(ws, ls, self.process_group, loss).pooled(sizes)
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
-        return StepReport(blocks, a, b, dict(self._box["losses"]), self.max_norm)
+        report = StepReport(blocks, a, b, dict(self._box["losses"]), self.max_norm)
+        if paired and self.metric == "optimizer" and report.norm.isfinite():
+
+            def scale(c: Tensor) -> float:
+                norm = blocks.norm(a, -c.to(a)).item() / grad_scale
+                return (1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))) / grad_scale
+
+            root = own_metric.coefficients(self.base, entries, sizes, blocks, scale, self._reducer(ws))
+            report = StepReport(blocks, a, a * -root.c.to(a), report.losses, self.max_norm)
+            report.passes, report.inexact = root.passes, not root.exact
+        return report
 
     def _refuse(self, report: StepReport) -> None:
         report.skipped = True
@@ -290,7 +410,7 @@ class PairedGradient(Optimizer):
             )
 
     def _forget(self) -> None:
-        self._box.update(winner=None, loser=None, losses={}, active=None, mixed=False)
+        self._box.update(winner=None, loser=None, losses={}, active=None, mixture=None, packed={})
 
     # ---- a torch optimizer like any other: everything is the base's ------------------------------------------------------
 
@@ -334,6 +454,7 @@ class PairedGradient(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; inside a context only that side's, else also those that wait."""
         self.base.zero_grad(set_to_none=set_to_none)
+        self._box["packed"].clear()
         if not self._box["active"]:
             self._forget()
 
@@ -354,7 +475,7 @@ class PairedGradient(Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "rule", "max_norm", "scope", "on_nonfinite", "process_group")
+        names = ("base", "rule", "max_norm", "scope", "metric", "set_aside", "on_nonfinite", "measure_change", "process_group")
         return {name: getattr(self, name) for name in names} | {"skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -364,7 +485,9 @@ class PairedGradient(Optimizer):
         self._box["skipped"] = skipped
 
     def __repr__(self) -> str:
-        options = f"rule={getattr(self.rule, '__name__', self.rule)}, max_norm={self.max_norm}, scope={self.scope!r}"
+        options = f"rule={_name(self.rule)}, max_norm={self.max_norm}, scope={self.scope!r}"
+        options += "" if self.metric == "euclidean" else f", metric={self.metric!r}"
+        options += "" if self.set_aside is None else f", set_aside={self.set_aside!r}"
         return f"{type(self).__name__}({self.base!r}, {options})"
 
 
@@ -373,7 +496,7 @@ class ProjectedGradient(PairedGradient):
 
     Takes `base` and the options of `PairedGradient`; the rule is `projection.orthogonal` (Definition 4.1). The guarantees
     of theorems 5.3 and 5.4 are for the direction that is handed to the base; a base that rescales it element by element
-    (RMSprop, Adam) or adds momentum or weight decay keeps them only approximately.
+    (RMSprop, Adam) or adds momentum or weight decay keeps them only approximately, unless `metric="optimizer"`.
 
     >>> import torch
     >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -391,11 +514,22 @@ class ProjectedGradient(PairedGradient):
         *,
         max_norm: float | None = None,
         scope: Scope = "global",
+        metric: Metric = "euclidean",
+        set_aside: SetAside = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        measure_change: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            base, orthogonal, max_norm=max_norm, scope=scope, on_nonfinite=on_nonfinite, process_group=process_group
+            base,
+            orthogonal,
+            max_norm=max_norm,
+            scope=scope,
+            metric=metric,
+            set_aside=set_aside,
+            on_nonfinite=on_nonfinite,
+            measure_change=measure_change,
+            process_group=process_group,
         )
 
 
@@ -412,6 +546,10 @@ def _check_base(base: Any) -> None:
             f"{type(base).__name__}.step needs a closure, which it would call again and so step on the unprojected gradient; "
             "choose an optimizer whose step() works without one"
         )
+
+
+def _name(rule: Any) -> str:
+    return getattr(rule, "__name__", repr(rule))
 
 
 def _two(closure: Closure | Sequence[Closure] | None, loser: Closure | None) -> tuple[Closure | None, Closure | None]:

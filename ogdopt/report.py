@@ -28,6 +28,10 @@ class StepReport:
         self.losses = losses
         self.max_norm = max_norm
         self.norm = blocks.norm(a, b)
+        self.passes = 0
+        """Further passes over the gradients that `metric="optimizer"` took."""
+        self.inexact = False
+        self.change: Tensor | None = None
         self.skipped = False
         """Whether the step was left out because a gradient or loss was not finite."""
 
@@ -74,6 +78,14 @@ class StepReport:
         """|a g_w + b g_l| / |g_w|: 1.0 where nothing was removed, 0.0 where all was (or g_w is zero)."""
         ww = self.blocks.ww.sum().item()
         return self.norm.item() / ww**0.5 if ww > 0 else 0.0
+
+    @property
+    def loss_changes(self) -> tuple[float, float] | None:
+        """(<delta, g_w>, <delta, g_l>) of the parameter change: what the step did to both losses to first order.
+
+        None unless the optimizer has `measure_change=True` and the step had a loser.
+        """
+        return None if self.change is None else (self.change[0].item(), self.change[1].item())
 
     @property
     def parallel(self) -> bool:
