@@ -111,13 +111,16 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
 
 
 def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tensor:
-    """(<delta, u>, <delta, l>) for the change from `before` (a local part) to the parameter as it is, float64, on the CPU."""
-    total = torch.zeros(2, dtype=torch.float64)
+    """(<delta, u>, <delta, l>, <delta, delta>) for the change from `before` (a local part) to the parameter as it is now.
+
+    Float64, on the CPU.
+    """
+    total = torch.zeros(3, dtype=torch.float64)
     if _owned(p):
-        for k, g in enumerate((u, l)):
-            if g is not None:
-                for new, old, g_ in _chunks(local(p), before, local(g)):
-                    total[k] += ((new.double() - old) * g_.to(new.device)).sum(dtype=torch.float64).cpu()
+        for k, g in enumerate((u, l, None)):
+            for new, old, *rest in _chunks(local(p), before, *([] if g is None else [local(g)])):
+                delta = new.double() - old
+                total[k] += (delta * (rest[0].to(delta) if rest else delta if k == 2 else 0.0)).sum().cpu()
     return total
 
 

@@ -366,10 +366,10 @@ class PairedGradient(Optimizer):
             own_metric.correct(self.base, entries, sizes, a, b, reduce, driven=report.inexact)
         if self.measure_change:
             numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) for e, x in zip(entries, before)])
-            du, dl = reduce(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
+            du, dl, dd = reduce(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
             parallel_wl = report.blocks.wl / report.blocks.ll * dl
             dw = torch.where(a != 0, (du - b * dl) / a, torch.where(report.blocks.same_direction, parallel_wl, torch.nan))
-            report.change = torch.stack([dw.sum(), dl.sum()])
+            report.change = torch.stack([dw.sum(), dl.sum(), dd.sum()])
 
     def _reducer(self, gradients: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
         """A function that adds numbers over the ranks that share these gradients."""

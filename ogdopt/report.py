@@ -88,6 +88,18 @@ class StepReport:
         return None if self.change is None else (self.change[0].item(), self.change[1].item())
 
     @property
+    def change_cosines(self) -> tuple[float, float] | None:
+        """Cosines of the parameter change with g_w and g_l: below 0 the winner's loss falls; below 0 the loser's does too.
+
+        None like `loss_changes`; 0.0 where the change or the gradient is zero.
+        """
+        if self.change is None:
+            return None
+        ww, _, ll = self.gram
+        dw, dl, dd = self.change.tolist()
+        return tuple(x / (dd * n) ** 0.5 if dd * n > 0 else 0.0 for x, n in ((dw, ww), (dl, ll)))  # type: ignore[return-value]
+
+    @property
     def parallel(self) -> bool:
         """Whether some block's winner gradient was dropped for being parallel to the loser's."""
         return bool(((self.a == 0) & (self.blocks.ww > 0)).any())
