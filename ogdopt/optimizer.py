@@ -15,15 +15,22 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ogdopt.gram import DTensor, Gram, gram, mix_, settled
+from ogdopt.gram import FAULTS, DTensor, Gram, gram, mix_, pending, same_memory, settled
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
 Side: TypeAlias = Literal["winner", "loser"]
+
+
+NO_GRADIENT = (
+    "Either no backward ran (a closure must return its loss or call backward; torch.autograd.grad leaves p.grad alone), or "
+    "the optimizer was built on other parameters than the model's (build it after sharding), or gradient synchronization "
+    "was off for the last micro-batch"
+)
 
 
 class GradientError(RuntimeError):
@@ -41,7 +48,12 @@ class PairedGradient(Optimizer):
     clipped to an L2 norm of `max_norm` (None: not at all), after mixing. `scope` says which tensors share coefficients:
     all ("global"), those of a parameter group ("group"), or none ("tensor"). `on_nonfinite` says what happens when a
     gradient or loss is infinite or NaN: "skip" leaves the step out, clears the gradients and counts it in `skipped_steps`;
-    "raise" raises NonFiniteGradient. `process_group` is for gradients that are plain local shards.
+    "raise" raises NonFiniteGradient. `process_group` is for gradients that are plain local shards (FSDP1), and for ranks that
+    train models of their own (a group of one). `model`, if given, is looked into when a side closes, for gradients that are
+    not synchronized yet (DDP, FSDP1, FSDP2).
+
+    Under torch.distributed `step()` and `project()` are collectives: every rank of the group calls them, DTensor gradients
+    are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision.
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 
@@ -58,6 +70,7 @@ class PairedGradient(Optimizer):
         scope: Scope = "global",
         on_nonfinite: Literal["skip", "raise"] = "skip",
         process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: groups, state and defaults are the base's, read through properties, so that
         # nothing can come apart when a checkpoint or a trainer replaces them.
@@ -73,6 +86,7 @@ class PairedGradient(Optimizer):
         self.scope: Scope = scope
         self.on_nonfinite = on_nonfinite
         self.process_group = process_group
+        self.model = model
         self._set_up()
 
     def _set_up(self) -> None:
@@ -80,8 +94,9 @@ class PairedGradient(Optimizer):
         self._optimizer_step_post_hooks: OrderedDict = OrderedDict()
         self._patch_step_function()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
-        self._box: dict[str, Any] = {"skipped": 0, "report": None}
+        self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False}
         self._forget()
+        self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
 
     # ---- the three verbs -------------------------------------------------------------------------------------------------
 
@@ -97,7 +112,9 @@ class PairedGradient(Optimizer):
         box["active"] = side
         try:
             yield
-            box[side] = self._take(side)
+            taken = self._take(side)
+            self._refuse_aliases(taken, box["loser" if side == "winner" else "winner"] or {})
+            box[side] = taken
         except BaseException:
             self._forget()
             self.zero_grad()
@@ -170,15 +187,19 @@ class PairedGradient(Optimizer):
 
     def _run(self, side: Side | None, closure: Closure) -> None:
         """Run a closure for one side; a lone closure (None) may also open the contexts itself."""
-        with torch.enable_grad():
-            if side is None:
-                self._refuse_foreign()
-                loss = self._evaluate(closure)
-                if self._box["winner"] is None:
-                    self._box["winner"] = self._take("winner")
-            else:
-                with self._collect(side):
+        self._box["running"] = True
+        try:
+            with torch.enable_grad():
+                if side is None:
+                    self._refuse_foreign()
                     loss = self._evaluate(closure)
+                    if self._box["winner"] is None:
+                        self._box["winner"] = self._take("winner")
+                else:
+                    with self._collect(side):
+                        loss = self._evaluate(closure)
+        finally:
+            self._box["running"] = False
         if isinstance(loss, (Tensor, float, int)):
             self._box["losses"][side or "winner"] = torch.as_tensor(loss).detach().sum()
 
@@ -194,6 +215,7 @@ class PairedGradient(Optimizer):
     def _refuse_foreign(self) -> None:
         """Drop a mixture that a scaler chose not to step on; refuse gradients that this object did not put there."""
         if self._box["mixed"]:
+            self._judge(self._box["measured"])
             self._forget()
             self.zero_grad()
         held = sum(p.grad is not None for p in self._parameters())
@@ -213,14 +235,27 @@ class PairedGradient(Optimizer):
                 # Under DDP a plain gradient may be a view of the bucket that the next backward overwrites.
                 taken[p] = g.clone() if shared and not isinstance(g, DTensor) else g
                 p.grad = None
-        if not taken:
+        waits = pending(self.model) if self.model is not None else None
+        if waits:
             raise GradientError(
-                f"the {side}'s pass left no gradient on any of the {len(self._parameters())} parameters of this optimizer. "
-                "Either no backward ran (a closure must return its loss or call backward), or the optimizer was built on "
-                "other parameters than the model's (build it after sharding), or gradient synchronization was off for the "
-                "last micro-batch"
+                f"the {side}'s pass ended with gradients that are not synchronized: {waits}. Switch synchronization on before "
+                "the last micro-batch of each side; what waits now would be added to the other side's gradient"
+            )
+        # A rank whose parameters have no element here (FSDP1), or that another may stand for, learns it with the others.
+        parameters = self._parameters()
+        if not taken and self.process_group is None and any(p.numel() for p in parameters):
+            raise GradientError(
+                f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. {NO_GRADIENT}"
             )
         return taken
+
+    def _refuse_aliases(self, taken: dict[Tensor, Tensor], other: dict[Tensor, Tensor]) -> None:
+        shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items())
+        if shared:
+            raise GradientError(
+                f"the winner's and the loser's gradients of {shared} parameters share memory, so that the second overwrote the "
+                "first (a reused buffer: a captured graph, or a hook that assigns p.grad). Assign p.grad a copy in each pass"
+            )
 
     def _mix(self, clip: bool) -> StepReport:
         box = self._box
@@ -254,7 +289,7 @@ class PairedGradient(Optimizer):
             if p.grad is not None:
                 p.grad = settled(p.grad, p)
         gradients = [p.grad for p in self._parameters()]
-        if all(g is None for g in gradients):
+        if all(g is None for g in gradients) and self.process_group is None:
             empty = torch.zeros(1, dtype=torch.float64)
             report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, self.max_norm)
         else:
@@ -271,12 +306,27 @@ class PairedGradient(Optimizer):
     def _measure(self, ws: list[Tensor | None], ls: list[Tensor | None], paired: bool) -> StepReport:
         losses = list(self._box["losses"].values())
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
-        blocks = gram(ws, ls, self.process_group, loss).pooled(self._block_sizes())
+        expected = (self._box["winner"] is not None, self._box["loser"] is not None)
+        device = self._parameters()[0].device
+        blocks = gram(ws, ls, self.process_group, loss, device, expected).pooled(self._block_sizes())
+        self._box["measured"] = blocks
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
         return StepReport(blocks, a, b, dict(self._box["losses"]), self.max_norm)
 
+    def _judge(self, blocks: Gram) -> None:
+        """Raise what the ranks found wrong with their gradients, on each of them."""
+        code = int(blocks.fault) if blocks.fault is not None else 0
+        if code and blocks.ranks is not None:
+            self._forget()
+            self.zero_grad()
+            numbers = [tuple(f"{x:.6g}" for x in row) for row in blocks.ranks[:4, :3].tolist()]
+            why = NO_GRADIENT if code in (1, 2) else f"The first ranks' |g_w|^2, <g_w, g_l>, |g_l|^2: {numbers}"
+            raise GradientError(f"{FAULTS[code]}. {why}")
+
     def _refuse(self, report: StepReport) -> None:
+        self._judge(report.blocks)
+        self._judge(self._box["measured"])  # of what project() left, if somebody changed it before step()
         report.skipped = True
         self._box["skipped"] += 1
         self._forget()
@@ -354,7 +404,7 @@ class PairedGradient(Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "rule", "max_norm", "scope", "on_nonfinite", "process_group")
+        names = ("base", "rule", "max_norm", "scope", "on_nonfinite", "process_group", "model")
         return {name: getattr(self, name) for name in names} | {"skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -393,10 +443,23 @@ class ProjectedGradient(PairedGradient):
         scope: Scope = "global",
         on_nonfinite: Literal["skip", "raise"] = "skip",
         process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        super().__init__(
-            base, orthogonal, max_norm=max_norm, scope=scope, on_nonfinite=on_nonfinite, process_group=process_group
-        )
+        options: dict[str, Any] = {"max_norm": max_norm, "scope": scope, "on_nonfinite": on_nonfinite}
+        super().__init__(base, orthogonal, process_group=process_group, model=model, **options)
+
+
+def _guard(box: dict[str, Any]) -> Callable[..., None]:
+    """A hook of the base that refuses a step while a side's backward passes are being collected."""
+
+    def refuse(*_: Any) -> None:
+        if box["active"] or box["running"]:
+            raise GradientError(
+                f"the base stepped inside {box['active'] or 'a closure'}, on one side's gradient. Closures and contexts run "
+                "forward and backward only; step() comes after them"
+            )
+
+    return refuse
 
 
 def _check_base(base: Any) -> None:
