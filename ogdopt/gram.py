@@ -11,12 +11,13 @@ model. This is the only file that knows about DTensors, meshes and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -33,6 +34,21 @@ GPU_CHUNK = 1 << 24  # fewer kernel launches; 128 MiB a buffer
 PARALLEL = {torch.float64: 1e-12, torch.float32: 1e-12, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
+FAULTS = {
+    1: "the winner's pass left no gradient on any rank",
+    2: "the loser's pass left no gradient on any rank",
+    3: "the ranks hold different gradients of parameters that each of them holds whole, so their models would drift apart. "
+    "Either gradients were not averaged (DDP inside no_sync(), or with both losses' forwards before the first backward: "
+    "give each side its own forward and backward, with synchronization on in its last micro-batch), or some parameters were "
+    "left out of fully_shard (apply it to the root module too) or of DDP, or these are FSDP1's shards (pass "
+    "process_group=dist.group.WORLD), or every rank trains a model of its own (pass "
+    "process_group=dist.new_subgroups(group_size=1)[0])",
+    4: "process_group= says that each rank holds a shard of its own, but the ranks hold equal gradients: these are whole "
+    "copies (DDP, FSDP1 with NO_SHARD), which would be counted once a rank. Leave process_group= out",
+}
+"""What ranks find out together about their gradients, and the remedy."""
+
+
 class Gram(NamedTuple):
     """The inner products of a winner's and a loser's gradient: float64 tensors of one shape, one entry a block."""
 
@@ -42,8 +58,12 @@ class Gram(NamedTuple):
     """<g_w, g_l>"""
     ll: Tensor
     """<g_l, g_l>"""
-    parallel: float = 1e-12
+    parallel: Tensor | float = 1e-12
     """1 - cos^2 under which gradients of this precision cannot be told from parallel ones."""
+    fault: Tensor | None = None
+    """0, or which of `FAULTS` the ranks found, the same on all of them; the numbers are then NaN. None without other ranks."""
+    ranks: Tensor | None = None
+    """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, `parallel`."""
 
     @property
     def cosine(self) -> Tensor:
@@ -59,7 +79,7 @@ class Gram(NamedTuple):
     def pooled(self, sizes: Sequence[int]) -> Gram:
         """The numbers of blocks of `sizes` consecutive tensors each, added in a fixed order."""
         ww, wl, ll = (torch.stack([part.sum() for part in x.split(list(sizes))]) for x in self[:3])
-        return Gram(ww, wl, ll, self.parallel)
+        return Gram(ww, wl, ll, *self[3:])
 
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
         """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone (SPEC 1.12)."""
@@ -71,27 +91,54 @@ def gram(
     loser: Sequence[Tensor | None],
     process_group: dist.ProcessGroup | None = None,
     loss: Tensor | None = None,
+    device: torch.device | None = None,
+    expected: tuple[bool, bool] = (False, False),
+    rows: Sequence[Tensor] | None = None,
 ) -> Gram:
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
-    `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Sharded gradients (DTensors, or plain local
-    shards with `process_group`) are summed over ranks by one all-reduce of 3P numbers; replicated ones count once. A `loss`
-    that is not finite turns the first `ww` into NaN, so that a step is judged by its loss too, on every rank alike.
+    `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Under torch.distributed the ranks' numbers
+    are added by one all-reduce of 3P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
+    part of it: shards (DTensors, or plain tensors with `process_group`) add up, copies (replicated DTensors, plain tensors
+    otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss
+    too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a side
+    that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
+    `rows` are `products` that were taken before; the lists then only say which gradients there are and how they lie.
 
-    Raises ValueError for an empty list, for sparse gradients, and for a DTensor mesh that is not the whole world.
+    Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
+    whole group.
     """
     present = [g for pair in zip(winner, loser) for g in pair if g is not None]
-    if not present:
+    together = process_group is not None or (dist.is_available() and dist.is_initialized())
+    if not present and not together:
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
-    device = local(present[0]).device
-    rows = [_products(w, l).to(device) for w, l in zip(winner, loser)]
-    numbers = torch.stack(rows)
-    if loss is not None and _judged_alike(present, process_group):
+    device = local(present[0]).device if present else device
+    rows = [products(w, l) for w, l in zip(winner, loser)] if rows is None else rows
+    numbers = torch.stack([row.to(device) for row in rows])
+    parallel = max((PARALLEL.get(g.dtype.to_real() if g.is_complex() else g.dtype, 1e-6) for g in present), default=1e-12)
+    fault = table = None
+    if together:
+        meshes = [g.device_mesh for g in present if isinstance(g, DTensor)]
+        ranks = dist.get_world_size(process_group)
+        shards = process_group is not None and not meshes
+        copies = [1 if shards else _copies(w if w is not None else l, ranks) for w, l in zip(winner, loser)]
+        # What must agree between ranks (copies), or must not (shards, each weighed by its place: equal shards of two
+        # tensors are then no copies).
+        weight = torch.arange(1, len(copies) + 1, dtype=torch.float64) if shards else torch.tensor(copies) == ranks
+        marks = [float(sum(g is not None for g in side)) for side in (winner, loser)] + [parallel]
+        mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers, _constant(marks, numbers)])
+        numbers = numbers / _constant([float(c) for c in copies], numbers)[:, None]
+    if loss is not None:
         numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
-    numbers = _reduce(numbers, present, process_group)
-    parallel = max(PARALLEL.get(g.dtype.to_real() if g.is_complex() else g.dtype, 1e-6) for g in present)
+    if together:
+        table = mine.new_zeros(ranks, len(mine))
+        table[dist.get_rank(process_group)] = mine
+        numbers, table = _reduce([numbers, table], meshes, process_group)
+        fault = _fault(table, shards, expected)
+        numbers = torch.where(fault > 0, torch.nan, numbers)
+        parallel = table[:, 5].amax()
     ww, wl, ll = numbers.unbind(1)
-    return Gram(ww, wl, ll, parallel)
+    return Gram(ww, wl, ll, parallel, fault, table)
 
 
 def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -116,11 +163,10 @@ def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tens
     Float64, on the CPU.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    if _owned(p):
-        for k, g in enumerate((u, l, None)):
-            for new, old, *rest in _chunks(local(p), before, *([] if g is None else [local(g)])):
-                delta = new.double() - old
-                total[k] += (delta * (rest[0].to(delta) if rest else delta if k == 2 else 0.0)).sum().cpu()
+    for k, g in enumerate((u, l, None)):
+        for new, old, *rest in _chunks(local(p), before, *([] if g is None else [local(g)])):
+            delta = new.double() - old
+            total[k] += (delta * (rest[0].to(delta) if rest else delta if k == 2 else 0.0)).sum().cpu()
     return total
 
 
@@ -134,7 +180,7 @@ def local(g: Tensor) -> Tensor:
 
 
 def settled(g: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient itself, or, where it is a pending sum over ranks (a Partial DTensor), that sum in the parameter's layout.
+    """The gradient in its parameter's layout: itself, or, where it is a pending sum over ranks (Partial), that sum.
 
     Raises TypeError for a sparse gradient.
     """
@@ -143,20 +189,44 @@ def settled(g: Tensor, parameter: Tensor) -> Tensor:
             f"found a sparse gradient of shape {tuple(g.shape)}; inner products of uncoalesced sparse gradients are wrong, "
             "so build the embedding with sparse=False"
         )
-    if isinstance(g, DTensor) and any(p.is_partial() for p in g.placements):
-        return g.redistribute(placements=parameter.placements if isinstance(parameter, DTensor) else None)
+    if isinstance(g, DTensor) and isinstance(parameter, DTensor) and g.placements != parameter.placements:
+        return g.redistribute(placements=parameter.placements)
     return g
 
 
-def _products(w: Tensor | None, l: Tensor | None) -> Tensor:
-    """(ww, wl, ll) of one tensor's local part, zero on ranks that hold a copy which another rank counts."""
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients start at one address: something wrote the second over the first."""
+    address = local(one).data_ptr()
+    return address != 0 and address == local(other).data_ptr()
+
+
+def pending(model: nn.Module) -> str | None:
+    """What keeps gradients of a model's last backward from being complete in p.grad, in words; None if nothing does."""
+    for name, module in model.named_modules():
+        name = f"{type(module).__name__} {name!r}"
+        # DDP and FSDP1 say themselves that they are inside no_sync().
+        if not getattr(module, "require_backward_grad_sync", True) or not getattr(module, "_sync_gradients", True):
+            return f"{name} is inside no_sync()"
+        # FSDP2 has no public way to ask what waits unreduced; a torch without these attributes is not looked into.
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if getattr(group, "_partial_reduce_output", None) is not None:
+                return f"{name} holds gradients that wait for their all-reduce (set_requires_all_reduce(False))"
+            for p in getattr(group, "fsdp_params", ()):
+                whole = getattr(p, "_unsharded_param", None)
+                if getattr(p, "unsharded_accumulated_grad", None) is not None or getattr(whole, "grad", None) is not None:
+                    return f"{name} holds gradients that wait for their reduction (set_requires_gradient_sync(False))"
+    return None
+
+
+def products(w: Tensor | None, l: Tensor | None) -> Tensor:
+    """(ww, wl, ll) of one tensor's local part."""
     some = w if w is not None else l
     if some is None:
         return torch.zeros(3, dtype=torch.float64)
     part = local(some)
     total = torch.zeros(3, dtype=torch.float64, device=part.device)
-    if not _owned(some):
-        return total
     if w is None or l is None:
         square = sum((torch.dot(x, x) for (x,) in _scratch(part)), total.new_zeros(()))
         total[0 if l is None else 2] = square
@@ -192,36 +262,70 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield from _chunks(*rows)
 
 
-def _owned(g: Tensor) -> bool:
-    """Whether this rank counts its part: of several copies only the one at coordinate 0 is counted."""
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """The values as a tensor next to `like`, without the wait for the device that a copy of pageable memory costs."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def _copies(g: Tensor | None, ranks: int) -> int:
+    """How many of the ranks hold the same part of a gradient; a plain tensor is a copy on each."""
     if not isinstance(g, DTensor):
-        return True
-    coordinate = g.device_mesh.get_coordinate()
-    return coordinate is not None and all(c == 0 for c, p in zip(coordinate, g.placements) if p.is_replicate())
-
-
-def _judged_alike(present: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> bool:
-    """Whether all ranks will see one rank's loss: there is a reduction, or there are no other ranks."""
-    reduced = process_group is not None or any(isinstance(g, DTensor) for g in present)
-    return reduced or not (dist.is_available() and dist.is_initialized())
-
-
-def _reduce(numbers: Tensor, present: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over ranks what is sharded: one all-reduce, or none when nothing is."""
-    sharded = [g for g in present if isinstance(g, DTensor)]
-    if not sharded and process_group is None:
-        return numbers
-    ranks = dist.get_world_size(process_group)
-    for g in sharded:
-        if g.device_mesh.size() != ranks:
-            raise ValueError(
-                f"a gradient lives on a mesh of {g.device_mesh.size()} ranks, but {ranks} ranks take part in the reduction; "
-                "expected one mesh that covers them all, so pass the mesh's group as process_group="
-            )
-    if sharded and len(sharded) != len(present):
+        return ranks
+    mesh = g.device_mesh
+    if mesh.size() != ranks:
         raise ValueError(
-            "some gradients are DTensors and some are plain tensors; expected one kind, so shard every parameter "
-            "(fully_shard on the root module) or none"
+            f"a gradient lives on a mesh of {mesh.size()} ranks, but {ranks} ranks take part in the reduction; "
+            "expected one mesh that covers them all, so pass the mesh's group as process_group="
         )
-    dist.all_reduce(numbers, group=process_group)
-    return numbers
+    return math.prod(mesh.size(i) for i, p in enumerate(g.placements) if p.is_replicate())
+
+
+class Ranks(NamedTuple):
+    """Who shares a list of tensors."""
+
+    copies: list[int]
+    """How many ranks hold the same part, for each tensor."""
+    total: Callable[[Tensor], Tensor]
+    """Adds numbers over ranks, by one all-reduce, or returns them where there are no others."""
+
+
+def shared(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Ranks:
+    """Who shares parameters (or gradients) that are laid out like these; raises ValueError like `gram`."""
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return Ranks([1] * len(tensors), lambda numbers: numbers)
+    meshes = [x.device_mesh for x in tensors if isinstance(x, DTensor)]
+    ranks = dist.get_world_size(process_group)
+    shards = process_group is not None and not meshes
+    copies = [1 if shards else _copies(x, ranks) for x in tensors]
+    return Ranks(copies, lambda numbers: _reduce([numbers], meshes, process_group)[0])
+
+
+def _reduce(parts: list[Tensor], meshes: Sequence[Any], process_group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The parts summed over ranks, by one all-reduce on a device that the group can talk from."""
+    home = parts[0].device
+    if meshes:
+        away = meshes[0].device_type  # gradients that are offloaded to the CPU meet where their mesh is
+    else:
+        able = [pair.split(":")[0] for pair in dist.get_backend_config(process_group).split(",")]
+        away = home.type if home.type in able else able[0]
+    message = torch.cat([x.flatten() for x in parts])
+    message = message if message.device.type == away else message.to(away)
+    dist.all_reduce(message, group=process_group)
+    pieces = message.to(home).split([x.numel() for x in parts])
+    return [piece.view_as(x) for piece, x in zip(pieces, parts)]
+
+
+def _fault(table: Tensor, shards: bool, expected: tuple[bool, bool]) -> Tensor:
+    """Which of FAULTS what the ranks put in amounts to, shape (); numbers that are not finite are another matter."""
+    low, high = table.amin(0), table.amax(0)
+    spread, (ww, _, ll) = high - low, high[:3]
+    if shards:
+        wrong = (spread[:3] == 0).all() & (ww + ll > 0) if len(table) > 1 else high.new_zeros((), dtype=torch.bool)
+    else:
+        scale = torch.stack([ww, ww.sqrt() * ll.sqrt(), ll])
+        wrong = (spread[:3] > high[5].sqrt() * scale).any()  # rounding: 1e-6, and 1e-3 for 16-bit gradients
+    fault = torch.where(wrong & table[:, :3].isfinite().all(), 4.0 if shards else 3.0, 0.0)
+    for code, side in ((2, 1), (1, 0)):
+        if expected[side]:
+            fault = torch.where(high[3 + side] == 0, float(code), fault)
+    return fault

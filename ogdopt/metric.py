@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from ogdopt.gram import Gram, _chunks, _owned, local
+from ogdopt.gram import Gram, Ranks, _chunks, local
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-7}
 """Cosine of the angle left between the change and g_l, on the side that does not help the loser; 16-bit types: 1e-4."""
@@ -168,12 +168,12 @@ def coefficients(
     sizes: Sequence[int],
     blocks: Gram,
     scale: Callable[[Tensor], float],
-    reduce: Callable[[Tensor], Tensor],
+    ranks: Ranks,
 ) -> Root:
     """For each block the c >= 0 with <P(u) u, g_l> = 0, where u = scale(c) (g_w - c g_l).
 
-    `sizes` says how many consecutive entries form a block of `blocks`; `reduce` adds per-block numbers, shape (K, 4), over
-    ranks. A block whose change does not help the loser as it is, or whose gradients are parallel, has c = 0.
+    `sizes` says how many consecutive entries form a block of `blocks`; `ranks` is who shares the entries. A block whose
+    change does not help the loser as it is, or whose gradients are parallel, has c = 0.
     """
     form = FORMS[type(base)]
     per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
@@ -182,10 +182,10 @@ def coefficients(
     def measure(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = scale(c)
         sums = torch.zeros(len(sizes), 4, dtype=torch.float64)
-        for entry, k in zip(entries, per_tensor):
-            if entry.l is not None and _owned(entry.l):
-                sums[k] += _tangent(form, base, entry, s, s * c[k].item())
-        h, top, bottom, rr = reduce(sums).unbind(1)
+        for entry, k, copies in zip(entries, per_tensor, ranks.copies):
+            if entry.l is not None:
+                sums[k] += _tangent(form, base, entry, s, s * c[k].item()) / copies
+        h, top, bottom, rr = ranks.total(sums).unbind(1)
         return h, torch.where(bottom > 0, top / bottom, 0.0), rr.sqrt() * ll.sqrt()
 
     return _root(measure, blocks.same_direction.cpu(), max(_tolerance(e.p) for e in entries))
@@ -255,13 +255,13 @@ def correct(
     sizes: Sequence[int],
     a: Tensor,
     b: Tensor,
-    reduce: Callable[[Tensor], Tensor],
+    ranks: Ranks,
     driven: bool = False,
 ) -> None:
     """Move the parameters, after the base stepped, to where theorems 5.3 and 5.4 hold for the change (see the module).
 
     Each entry's `w` is what the base was given, `a g_w + b g_l` with its block's coefficients (clip included), and stands
-    for g_w here: where a = 0 the two gradients are parallel. `reduce` adds per-block numbers, shape (K, 5), over ranks.
+    for g_w here: where a = 0 the two gradients are parallel. `ranks` is who shares the entries.
     With `driven` P is the metric that g_w would have made: where the second moment was 0, the one of u has no bound.
     """
     form = FORMS[type(base)]
@@ -269,12 +269,12 @@ def correct(
     sums = torch.zeros(len(sizes), 5, dtype=torch.float64)
     own = min(form.own(group) for group in base.param_groups)
     ab = list(zip(a.tolist(), b.tolist())) if driven else [None] * len(sizes)
-    for entry, k in zip(entries, per_tensor):
-        if entry.w is not None and _owned(entry.p):
+    for entry, k, copies in zip(entries, per_tensor, ranks.copies):
+        if entry.w is not None:
             for _, u, l, P, r in _changes(form, base, entry, ab[k]):
                 Pu, Pl = P * u, P * l
-                sums[k] += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)]).cpu()
-    p, q = _multipliers(reduce(sums), a.cpu(), b.cpu(), own)
+                sums[k] += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)]).cpu() / copies
+    p, q = _multipliers(ranks.total(sums), a.cpu(), b.cpu(), own)
     for entry, k in zip(entries, per_tensor):
         if entry.w is not None and (p[k] != 0 or q[k] != 0):
             for theta, u, l, P, _ in _changes(form, base, entry, ab[k]):

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ogdopt import metric as own_metric
 from ogdopt import stored
-from ogdopt.gram import DTensor, Gram, _reduce, gram, local, mix_, moved, settled
+from ogdopt.gram import FAULTS, DTensor, Gram, gram, local, mix_, moved, pending, same_memory, settled, shared
 from ogdopt.metric import Entry
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
@@ -30,6 +30,13 @@ from ogdopt.stored import SetAside, Stored
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
 Side: TypeAlias = Literal["winner", "loser"]
 Metric: TypeAlias = Literal["euclidean", "optimizer"]
+
+
+NO_GRADIENT = (
+    "Either no backward ran (a closure must return its loss or call backward; torch.autograd.grad leaves p.grad alone), or "
+    "the optimizer was built on other parameters than the model's (build it after sharding), or gradient synchronization "
+    "was off for the last micro-batch"
+)
 
 
 class GradientError(RuntimeError):
@@ -68,8 +75,12 @@ class PairedGradient(Optimizer):
     closure. With `measure_change` the report says what the step did to both losses (it clones the parameters for it).
 
     `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
-    gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient. `process_group` is for gradients that are
-    plain local shards.
+    gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient.
+
+    Under torch.distributed `step()` is a collective: every rank of the group calls it, DTensor gradients are counted by
+    their placements, plain ones are copies that must agree, and every rank takes the same decision. `process_group` is for
+    gradients that are plain local shards (FSDP1), and for ranks that train models of their own (a group of one). `model`,
+    if given, is looked into when a side closes, for gradients that are not synchronized yet (DDP, FSDP1, FSDP2).
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 
@@ -89,6 +100,7 @@ class PairedGradient(Optimizer):
         on_nonfinite: Literal["skip", "raise"] = "skip",
         measure_change: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: groups, state and defaults are the base's, read through properties, so that
         # nothing can come apart when a checkpoint or a trainer replaces them.
@@ -118,6 +130,7 @@ class PairedGradient(Optimizer):
         self.measure_change = measure_change
         self.on_nonfinite = on_nonfinite
         self.process_group = process_group
+        self.model = model
         self._set_up()
 
     def _set_up(self) -> None:
@@ -125,8 +138,9 @@ class PairedGradient(Optimizer):
         self._optimizer_step_post_hooks: OrderedDict = OrderedDict()
         self._patch_step_function()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
-        self._box: dict[str, Any] = {"skipped": 0, "report": None}
+        self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False}
         self._forget()
+        self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
 
     # ---- the three verbs -------------------------------------------------------------------------------------------------
 
@@ -144,7 +158,9 @@ class PairedGradient(Optimizer):
         hooks = self._on_gradients(self._pack) if packing else []
         try:
             yield
-            box[side] = self._take(side, packing)
+            taken = self._take(side, packing)
+            self._refuse_aliases(taken, box["loser" if side == "winner" else "winner"] or {})
+            box[side] = taken
         except BaseException:
             self._forget()
             self.zero_grad()
@@ -225,15 +241,19 @@ class PairedGradient(Optimizer):
 
     def _run(self, side: Side | None, closure: Closure) -> None:
         """Run a closure for one side; a lone closure (None) may also open the contexts itself."""
-        with torch.enable_grad():
-            if side is None:
-                self._refuse_foreign()
-                loss = self._evaluate(closure)
-                if self._box["winner"] is None:
-                    self._box["winner"] = self._take("winner")
-            else:
-                with self._collect(side):
+        self._box["running"] = True
+        try:
+            with torch.enable_grad():
+                if side is None:
+                    self._refuse_foreign()
                     loss = self._evaluate(closure)
+                    if self._box["winner"] is None:
+                        self._box["winner"] = self._take("winner")
+                else:
+                    with self._collect(side):
+                        loss = self._evaluate(closure)
+        finally:
+            self._box["running"] = False
         if isinstance(loss, (Tensor, float, int)):
             self._box["losses"][side or "winner"] = torch.as_tensor(loss).detach().sum()
 
@@ -249,6 +269,7 @@ class PairedGradient(Optimizer):
     def _refuse_foreign(self) -> None:
         """Drop a mixture that a scaler chose not to step on; refuse gradients that this object did not put there."""
         if self._box["mixture"] is not None:
+            self._judge(self._box["measured"])
             self._forget()
             self.zero_grad()
         held = sum(p.grad is not None for p in self._parameters())
@@ -286,14 +307,28 @@ class PairedGradient(Optimizer):
                 # Under DDP a plain gradient may be a view of the bucket that the next backward overwrites.
                 taken[p] = g.clone() if shared and not isinstance(g, DTensor) else g
                 p.grad = None
-        if not taken:
+        waits = pending(self.model) if self.model is not None else None
+        if waits:
             raise GradientError(
-                f"the {side}'s pass left no gradient on any of the {len(self._parameters())} parameters of this optimizer. "
-                "Either no backward ran (a closure must return its loss or call backward), or the optimizer was built on "
-                "other parameters than the model's (build it after sharding), or gradient synchronization was off for the "
-                "last micro-batch"
+                f"the {side}'s pass ended with gradients that are not synchronized: {waits}. Switch synchronization on before "
+                "the last micro-batch of each side; what waits now would be added to the other side's gradient"
+            )
+        # A rank whose parameters have no element here (FSDP1), or that another may stand for, learns it with the others.
+        parameters = self._parameters()
+        if not taken and self.process_group is None and any(p.numel() for p in parameters):
+            raise GradientError(
+                f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "
+                + NO_GRADIENT
             )
         return taken
+
+    def _refuse_aliases(self, taken: dict[Tensor, Tensor], other: dict[Tensor, Tensor]) -> None:
+        shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items())
+        if shared:
+            raise GradientError(
+                f"the winner's and the loser's gradients of {shared} parameters share memory, so that the second overwrote the "
+                "first (a reused buffer: a captured graph, or a hook that assigns p.grad). Assign p.grad a copy in each pass"
+            )
 
     @torch.no_grad()
     def _mix(self, clip: bool, grad_scale: float = 1.0) -> StepReport:
@@ -327,7 +362,7 @@ class PairedGradient(Optimizer):
             if p.grad is not None:
                 p.grad = settled(p.grad, p)
         entries = [Entry({}, p, p.grad, None) for p in self._parameters()]
-        if all(entry.w is None for entry in entries):
+        if all(entry.w is None for entry in entries) and self.process_group is None:
             empty = torch.zeros(1, dtype=torch.float64)
             report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, self.max_norm)
         else:
@@ -357,31 +392,28 @@ class PairedGradient(Optimizer):
                 "project(grad_scale=scaler.get_scale()), and clip by max_norm= instead of afterwards"
             )
         entries = [entry._replace(w=entry.p.grad) for entry in mixture.entries]
-        reduce = self._reducer([entry.w for entry in entries])
+        ranks = shared([entry.p for entry in entries], self.process_group)
         before = [local(entry.p.detach()).clone() for entry in entries] if self.measure_change else []
         self.base.step()
         scale = report.scale * mixture.factor
         a, b, sizes = report.a * scale, report.b * scale, self._block_sizes()
         if repair and (report.inexact or own_metric.drifts(self.base)):
-            own_metric.correct(self.base, entries, sizes, a, b, reduce, driven=report.inexact)
+            own_metric.correct(self.base, entries, sizes, a, b, ranks, driven=report.inexact)
         if self.measure_change:
-            numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) for e, x in zip(entries, before)])
-            du, dl, dd = reduce(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
+            numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) / n for e, x, n in zip(entries, before, ranks.copies)])
+            du, dl, dd = ranks.total(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
             parallel_wl = report.blocks.wl / report.blocks.ll * dl
             dw = torch.where(a != 0, (du - b * dl) / a, torch.where(report.blocks.same_direction, parallel_wl, torch.nan))
             report.change = torch.stack([dw.sum(), dl.sum(), dd.sum()])
-
-    def _reducer(self, gradients: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
-        """A function that adds numbers over the ranks that share these gradients."""
-        present = [g for g in gradients if g is not None]
-        return lambda numbers: _reduce(numbers, present, self.process_group)
 
     def _measure(self, entries: list[Entry], paired: bool, grad_scale: float = 1.0) -> StepReport:
         losses = list(self._box["losses"].values())
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
         ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
         sizes = self._block_sizes()
-        blocks = gram(ws, ls, self.process_group, loss).pooled(sizes)
+        expected = (self._box["winner"] is not None, self._box["loser"] is not None)
+        blocks = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected).pooled(sizes)
+        self._box["measured"] = blocks
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
         report = StepReport(blocks, a, b, dict(self._box["losses"]), self.max_norm)
@@ -391,12 +423,25 @@ class PairedGradient(Optimizer):
                 norm = blocks.norm(a, -c.to(a)).item() / grad_scale
                 return (1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))) / grad_scale
 
-            root = own_metric.coefficients(self.base, entries, sizes, blocks, scale, self._reducer(ws))
+            ranks = shared([entry.p for entry in entries], self.process_group)
+            root = own_metric.coefficients(self.base, entries, sizes, blocks, scale, ranks)
             report = StepReport(blocks, a, a * -root.c.to(a), report.losses, self.max_norm)
             report.passes, report.inexact = root.passes, not root.exact
         return report
 
+    def _judge(self, blocks: Gram) -> None:
+        """Raise what the ranks found wrong with their gradients, on each of them."""
+        code = int(blocks.fault) if blocks.fault is not None else 0
+        if code and blocks.ranks is not None:
+            self._forget()
+            self.zero_grad()
+            numbers = [tuple(f"{x:.6g}" for x in row) for row in blocks.ranks[:4, :3].tolist()]
+            why = NO_GRADIENT if code in (1, 2) else f"The first ranks' |g_w|^2, <g_w, g_l>, |g_l|^2: {numbers}"
+            raise GradientError(f"{FAULTS[code]}. {why}")
+
     def _refuse(self, report: StepReport) -> None:
+        self._judge(report.blocks)
+        self._judge(self._box["measured"])  # of what project() left, if somebody changed it before step()
         report.skipped = True
         self._box["skipped"] += 1
         self._forget()
@@ -475,7 +520,8 @@ class PairedGradient(Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "rule", "max_norm", "scope", "metric", "set_aside", "on_nonfinite", "measure_change", "process_group")
+        names = ("base", "rule", "max_norm", "scope", "metric", "set_aside", "on_nonfinite", "measure_change")
+        names += ("process_group", "model")
         return {name: getattr(self, name) for name in names} | {"skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -519,6 +565,7 @@ class ProjectedGradient(PairedGradient):
         on_nonfinite: Literal["skip", "raise"] = "skip",
         measure_change: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(
             base,
@@ -530,7 +577,21 @@ class ProjectedGradient(PairedGradient):
             on_nonfinite=on_nonfinite,
             measure_change=measure_change,
             process_group=process_group,
+            model=model,
         )
+
+
+def _guard(box: dict[str, Any]) -> Callable[..., None]:
+    """A hook of the base that refuses a step while a side's backward passes are being collected."""
+
+    def refuse(*_: Any) -> None:
+        if box["active"] or box["running"]:
+            raise GradientError(
+                f"the base stepped inside {box['active'] or 'a closure'}, on one side's gradient. Closures and contexts run "
+                "forward and backward only; step() comes after them"
+            )
+
+    return refuse
 
 
 def _check_base(base: Any) -> None:

@@ -1,66 +1,610 @@
-"""One rank of a two-gradient run; `two_gradients.py LAYOUT FOLDER` under torchrun writes what one process must agree with."""
+"""One rank of many two-gradient runs: `two_gradients.py FOLDER` under torchrun writes one entry a case to FOLDER/RANK.json.
+
+The entry is what a case returns, or the exception that it is there to provoke. Any other exception ends the rank with its
+traceback. `train(one)` in a process without torch.distributed is what the ranks must agree with.
+"""
 
 import faulthandler
+import hashlib
 import json
 import os
 import sys
+from collections import Counter
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralConfig, MistralForCausalLM
 
-from ogdopt import ProjectedGradient
+from ogdopt import GradientError, ProjectedGradient
+
+STEPS = 10
+MAX_NORM = 0.35  # under some of the ten norms and over others
 
 
-def build():
+# ---- models and data: the same in one process and in many ----------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """Sizes that two ranks cannot share evenly, one that leaves a rank empty, and parameters of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 1)
+        self.c.weight = self.b.weight  # tied
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.only_loser = nn.Linear(7, 7)
+
+    def forward(self, x, loser=False):
+        h = torch.tanh(self.a(x + self.frozen(x)))
+        h = torch.tanh(self.c(torch.tanh(self.b(h))))
+        return self.d(h + self.only_loser(h) if loser else h)
+
+
+class Block(nn.Module):
+    """A norm and an MLP, all of whose parameters tensor parallelism can place."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, loser=False):
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def mistral():
+    config = MistralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+        initializer_range=0.2,
+    )
+    return MistralForCausalLM(config).float()
+
+
+def build(kind):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))  # 1: rank 1's shard is empty
+    return {"mistral": mistral, "toy": Toy, "block": Block}[kind]()
 
 
-def main(layout, folder):
-    faulthandler.dump_traceback_later(100, exit=True)  # a rank that hangs says where
-    torch.set_num_threads(1)
-    distributed = layout != "one"
-    rank, ranks = 0, 1
-    if distributed:
-        dist.init_process_group("gloo")
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = build()
-    params = list(model.parameters())
-    if layout == "fsdp2":
-        mesh = init_device_mesh("cpu", (ranks,))
-        for layer in model:
-            if not isinstance(layer, nn.Tanh):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        params = list(model.parameters())
-    elif layout.startswith("ddp"):
-        model = DistributedDataParallel(model, gradient_as_bucket_view=layout == "ddp_views")
-    opt = ProjectedGradient(torch.optim.RMSprop(params, lr=1e-2, foreach=False), max_norm=0.05)
-    data = torch.randn(4, 2, 6, 5, generator=torch.Generator().manual_seed(1))
+def data(kind, steps):
+    """(winners, losers) of each step: token ids (4, 9) or inputs (4, ...), for one process or all ranks together."""
+    g = torch.Generator().manual_seed(1)
+    if kind == "mistral":
+        return [torch.randint(32, (2, 4, 9), generator=g) for _ in range(steps)]
+    return [torch.randn(2, 4, *((5,) if kind == "toy" else (6, 8)), generator=g) for _ in range(steps)]
+
+
+def loss_of(kind, model, x, loser):
+    if kind == "mistral":
+        return model(input_ids=x, labels=x).loss
+    out = model(x, loser=loser)
+    return (out - (1.0 if loser else 0.0)).square().mean()
+
+
+def syncing(model, on):
+    """Context of one micro-batch, whose gradients are reduced only if `on`."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    elif not on and hasattr(model, "no_sync"):
+        return model.no_sync()
+    return nullcontext()
+
+
+def vector(model):
+    """All parameters, whole, in the order of the bare model."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in full])
+
+
+def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, **options):
+    """The numbers of every step and the parameters at the end, of ten RMSprop steps that sometimes clip."""
+    model = build(kind) if model is None else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    base = torch.optim.RMSprop(parameters, lr=1e-4 if kind == "mistral" else 1e-2, foreach=False)
+    opt = ProjectedGradient(base, max_norm=MAX_NORM, **options)
     numbers = []
-    for k, (chosen, rejected) in enumerate(data):
-        mine = slice(rank, None, ranks)
-        bad = float("nan") if k == 2 and rank == ranks - 1 else 1.0
+    for k, pair in enumerate(data(kind, steps)):
 
-        def winner(x=chosen[mine], bad=bad):
-            return (model(x) * bad).square().mean()
+        def side(i, k=k, pair=pair):
+            parts = pair[i][mine].chunk(micro)
+            for j, part in enumerate(parts):
+                with syncing(model, j == len(parts) - 1):
+                    loss = loss_of(kind, model, part, bool(i)) / len(parts)
+                    loss = loss if spoil is None else spoil(loss, k, i)
+                    if micro > 1:
+                        loss.backward()
+            return loss if micro == 1 else loss.detach()
 
-        def loser(x=rejected[mine]):
-            return (model(x) - 1).square().mean()
+        r = opt.step(lambda: side(0), lambda: side(1))  # noqa: B023 - called at once
+        scalars = [] if r.skipped else [*r.gram, r.grad_norm]
+        numbers.append({"skipped": r.skipped, "clipped": r.clipped, "scalars": scalars})
+    whole = vector(model)
+    return {
+        "numbers": numbers,
+        "parameters": whole.tolist(),
+        "digest": hashlib.sha256(whole.numpy().tobytes()).hexdigest(),
+        "skipped": opt.skipped_steps,
+    }
 
-        report = opt.step(winner, loser)
-        numbers.append([report.skipped, report.gram.ll, report.grad_norm if not report.skipped else 0.0, report.clipped])
-    full = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in params]
-    result = {"numbers": numbers, "parameters": torch.cat([p.flatten() for p in full]).tolist()}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    if distributed:
-        dist.barrier()  # a rank that leaves early takes the connections of the other with it
-        os._exit(0)  # tearing DDP down while the interpreter exits hangs now and then
+
+# ---- layouts -------------------------------------------------------------------------------------------------------------
+
+
+def share():
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def sharded(kind, mesh=None, **options):
+    """FSDP2 on some of the submodules and on the root."""
+    model = build(kind)
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers if kind == "mistral" else [model.a, model.d]:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def ddp(kind="mistral", **options):
+    return DistributedDataParallel(build(kind), **options)
+
+
+def fsdp1(kind="mistral", strategy="FULL_SHARD", **options):
+    options |= {"device_id": torch.device("cpu"), "sharding_strategy": ShardingStrategy[strategy]}
+    return FullyShardedDataParallel(build(kind), **options)
+
+
+def tensor_parallel_mistral():
+    """The MLPs are DTensors; attention, norms and embeddings stay plain copies beside them."""
+    model = build("mistral")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+        parallelize_module(layer.mlp, mesh, plan)
+    return model
+
+
+def tensor_parallel_block(mesh=None):
+    """A norm whose gradient is Partial, a bias whose gradient is Replicate, and sharded matrices."""
+    model = build("block")
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {
+        "": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),)),
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def world():
+    return {"process_group": dist.group.WORLD}
+
+
+# ---- what the cases look at ----------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Counts collectives by name, and reads of a device number by the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.collectives, self.reads = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # what a DTensor does underneath is seen, instead of the operation on it
+        name = func.name().split("::")[-1].split(".")[0]
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional") and name != "wait_tensor":
+            self.collectives[name] += 1
+        self.reads += name == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def count(kind, model, mine, **options):
+    """Collectives and host reads of a step's own: those of a step minus those of its two plain backward passes."""
+    base = torch.optim.RMSprop(model.parameters(), foreach=False)
+    opt = ProjectedGradient(base, max_norm=MAX_NORM, **options)
+    pairs = data(kind, 3)
+    sides = [lambda x, i=i: loss_of(kind, model, x[mine], bool(i)) for i in (0, 1)]
+    opt.step(lambda: sides[0](pairs[0][0]), lambda: sides[1](pairs[0][1]))  # lazy set-up of the layouts
+    with Watch() as plain:
+        for i in (1, 0):
+            sides[i](pairs[1][i]).backward()
+            opt.zero_grad()
+    with Watch() as ours:
+        opt.step(lambda: sides[0](pairs[2][0]), lambda: sides[1](pairs[2][1]))
+    with Watch() as lazy:
+        with opt.loser():
+            sides[1](pairs[2][1]).backward()
+        with opt.winner():
+            sides[0](pairs[2][0]).backward()
+        opt.project()
+    own = ours.collectives.copy()
+    own.subtract(plain.collectives)
+    return {
+        "own": {k: v for k, v in own.items() if v},
+        "plain": dict(plain.collectives),
+        "reads": [ours.reads - plain.reads, lazy.reads - plain.reads],
+    }
+
+
+def against_gathered(kind, model, mine, **options):
+    """Largest differences, relative to |g_w|, from a projection of the gathered gradients in float64."""
+    opt = ProjectedGradient(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0), **options)
+    pair, sides = data(kind, 1)[0], []
+    for i in (0, 1):
+        loss_of(kind, model, pair[i][mine], bool(i)).backward()
+        gs = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.requires_grad]
+        sides.append(torch.cat([g.double().flatten() for g in gs]))
+        opt.zero_grad()
+    for i, context in ((1, opt.loser), (0, opt.winner)):
+        with context():
+            loss_of(kind, model, pair[i][mine], bool(i)).backward()
+    report = opt.project()
+    got = torch.cat([p.grad.full_tensor().double().flatten() for p in model.parameters() if p.requires_grad])
+    w, x = sides
+    expected = w - (w @ x).clamp(min=0) / (x @ x) * x
+    numbers = torch.tensor(report.gram, dtype=torch.float64)
+    truth, scale = torch.stack([w @ w, w @ x, x @ x]), torch.stack([w @ w, w.norm() * x.norm(), x @ x])
+    return {
+        "gradient": ((got - expected).abs().max() / w.norm()).item(),
+        "scalars": ((numbers - truth).abs() / scale).max().item(),
+        "dtype": str({p.grad.dtype for p in model.parameters() if p.requires_grad}),
+    }
+
+
+def refused(run, kinds=(GradientError,)):
+    """The exception that a misuse must end in."""
+    try:
+        got = run()
+    except kinds as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    return {"error": None, "text": f"nothing was raised; got {str(got)[:300]}"}
+
+
+def optimizer(model, /, lr=1e-2, **options):
+    return ProjectedGradient(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr), **options)
+
+
+def closures(kind, model, mine):
+    pair = data(kind, 1)[0]
+    return [lambda i=i: loss_of(kind, model, pair[i][mine], bool(i)) for i in (0, 1)]
+
+
+def step(kind, model, mine, **options):
+    """One step; whether it was skipped, and the parameters' digest before and after."""
+    opt = optimizer(model, **options)
+    return opt.step(*closures(kind, model, mine))
+
+
+# ---- misuse --------------------------------------------------------------------------------------------------------------
+
+
+def deferred(model, watched, whole):
+    """FSDP2 synchronization off for the whole of the loser's side (S1), or for its last micro-batch alone."""
+    opt = optimizer(model, model=model if watched else None)
+    winner, loser = closures("toy", model, share())
+
+    def late():
+        if not whole:
+            loser().backward()
+        model.set_requires_gradient_sync(False)
+        loser().backward()
+
+    return opt.step(winner, late)
+
+
+def without_all_reduce(model, watched):
+    """HSDP's all-reduce off during the loser's side (S2)."""
+    opt = optimizer(model, model=model if watched else None)
+    winner, loser = closures("toy", model, share())
+
+    def late():
+        model.set_requires_all_reduce(False)
+        return loser()
+
+    return opt.step(winner, late)
+
+
+def stale():
+    model = build("toy")
+    opt = optimizer(model)
+    for layer in (model.a, model.d, model):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return opt.step(*closures("toy", model, share()))
+
+
+def crossed(model):
+    """Both forwards before the first backward: DDP averages one of the two gradients (S5)."""
+    opt = optimizer(model)
+    losses = [f() for f in closures("mistral", model, share())]
+    with opt.loser():
+        losses[1].backward()
+    with opt.winner():
+        losses[0].backward()
+    return opt.step()
+
+
+def unsynchronized(model, watched, project=False):
+    """DDP or FSDP1 with the winner inside no_sync (S6); through project() the verdict waits for step()."""
+    opt = optimizer(model, model=model if watched else None)
+    winner, loser = closures("mistral", model, share())
+    with opt.loser():
+        loser().backward()
+    with model.no_sync(), opt.winner():
+        winner().backward()
+    if project:
+        opt.project()
+    return opt.step()
+
+
+def functional():
+    """torch.autograd.grad under FSDP2 leaves p.grad alone, and returns nothing either (S23)."""
+    model = sharded("toy")
+    opt = optimizer(model)
+    winner, loser = closures("toy", model, share())
+
+    def closure():
+        torch.autograd.grad(winner(), list(model.parameters())[:2], allow_unused=True)
+
+    return opt.step(closure, loser)
+
+
+def half_sharded():
+    """fully_shard on two layers and not on the root: the rest stays plain, and nobody averages it."""
+    model = build("toy")
+    for layer in (model.a, model.d):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return step("toy", model, share())
+
+
+def slice_of_a_mesh(shape):
+    """A mesh that is one dimension of two: what happens along the other cannot be seen."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b"))
+    return step("toy", sharded("toy", mesh["b"]), share())
+
+
+def separate(**options):
+    """Every rank trains a model of its own on data of its own."""
+    model = build("toy")
+    report = step("toy", model, share(), **options)
+    return {"ll": report.gram.ll, "skipped": report.skipped, "alone": step_alone_ll()}
+
+
+def step_alone_ll():
+    model = build("toy")
+    gs = torch.autograd.grad(
+        closures("toy", model, share())[1](), [p for p in model.parameters() if p.requires_grad], None, allow_unused=True
+    )
+    return sum(g.double().square().sum().item() for g in gs if g is not None)
+
+
+def elementless(**options):
+    """FSDP1 whose rank 1 owns no element of what the optimizer holds: it takes part all the same."""
+    model = fsdp1("toy", use_orig_params=True)
+    held = [next(p for p in model.parameters())]
+    opt = ProjectedGradient(torch.optim.SGD(held, lr=1e-2), **options)
+    winner, loser = closures("toy", model, share())
+    for p in model.parameters():
+        p.grad = None
+    report = opt.step(winner, loser)
+    return {"gram": list(report.gram), "held": held[0].numel()}
+
+
+def barren(**options):
+    """FSDP1 with a loser that reaches no parameter: every rank hears of it, and of which side."""
+    model = fsdp1("toy", use_orig_params=True)
+    opt = optimizer(model, **options)
+    return opt.step(closures("toy", model, share())[0], lambda: None)
+
+
+def uneven_batches():
+    """Three sequences on rank 0 and one on rank 1, weighed by the global number of tokens (S22)."""
+    model = build("mistral")
+    mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
+    weight = {0: 3, 1: 1}[dist.get_rank()] * dist.get_world_size() / 4
+    return train("mistral", DistributedDataParallel(model), mine, spoil=lambda loss, k, i: loss * weight)
+
+
+def spoiled(kind, layout, what, side, **options):
+    """Step 1 of 3 sees something that is not finite on the last rank alone (S26)."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def spoil(loss, k, i):
+        if k != 1 or i != side or not last:
+            return loss
+        if what == "loss":  # the value is not finite, the gradient is
+            return loss + torch.tensor(float("nan"))
+        return loss * float(what)
+
+    return train(kind, layout(), share(), steps=3, spoil=spoil, **options)
+
+
+def copies_spoiled():
+    """A copied DTensor gradient that is NaN on the last rank alone, where no owner would look."""
+    model = tensor_parallel_block()
+    opt = optimizer(model)
+    winner, loser = closures("block", model, slice(None))
+    before = vector(model)
+
+    def closure():
+        winner().backward()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            model.down.bias.grad.to_local().fill_(float("nan"))
+
+    report = opt.step(closure, loser)
+    return {"skipped": report.skipped, "still": torch.equal(vector(model), before)}
+
+
+def stepped_inside():
+    model = sharded("toy")
+    opt = optimizer(model)
+    winner, loser = closures("toy", model, share())
+
+    def closure():
+        loser().backward()
+        opt.base.step()
+
+    return opt.step(winner, closure)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------
+
+
+def pairs():
+    """Cases of two ranks."""
+    from functools import partial as later
+
+    alone = dist.new_subgroups(group_size=1)[0]
+    whole = slice(None)
+    views = {"gradient_as_bucket_view": True}
+    layouts = {
+        "fsdp2": lambda: train("mistral", sharded("mistral"), share()),
+        "fsdp2_offload": lambda: train(
+            "mistral", sharded("mistral", offload_policy=CPUOffloadPolicy(pin_memory=False)), share()
+        ),
+        "fsdp2_accumulate": lambda: train("mistral", sharded("mistral"), share(), micro=2),
+        "fsdp2_uneven": lambda: train("toy", sharded("toy"), share()),
+        "ddp": lambda: train("mistral", ddp(), share()),
+        "ddp_views": lambda: train("mistral", ddp(**views), share()),
+        "ddp_accumulate": lambda: train("mistral", ddp(**views), share(), micro=2),
+        "ddp_static": lambda: train("mistral", ddp(static_graph=True), share()),
+        "ddp_unused": lambda: train("toy", ddp("toy", find_unused_parameters=True), share()),
+        "ddp_uneven_batches": uneven_batches,
+        "fsdp1_flat": lambda: train("mistral", fsdp1(), share(), **world()),
+        "fsdp1_params": lambda: train("mistral", fsdp1(use_orig_params=True), share(), **world()),
+        "fsdp1_accumulate": lambda: train("mistral", fsdp1(use_orig_params=True), share(), micro=2, **world()),
+        "fsdp1_no_shard": lambda: train("mistral", fsdp1(strategy="NO_SHARD", use_orig_params=True), share()),
+        "tp_mixed": lambda: train("mistral", tensor_parallel_mistral(), whole),
+        "tp_sequence": lambda: train("block", tensor_parallel_block(), whole),
+    }
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    numbers = {
+        "gathered_fsdp2": lambda: against_gathered("mistral", sharded("mistral"), share()),
+        "gathered_bf16": lambda: against_gathered("mistral", sharded("mistral", mp_policy=policy), share()),
+        "gathered_bf16_reduce": lambda: against_gathered("mistral", sharded("mistral", mp_policy=half), share()),
+        "gathered_tp_sequence": lambda: against_gathered("block", tensor_parallel_block(), whole),
+    }
+    counts = {
+        "count_fsdp2": lambda: count("mistral", sharded("mistral"), share()),
+        "count_ddp": lambda: count("mistral", ddp(), share()),
+        "count_fsdp1": lambda: count("mistral", fsdp1(use_orig_params=True), share(), **world()),
+        "count_tp_mixed": lambda: count("mistral", tensor_parallel_mistral(), whole),
+        "count_tp_sequence": lambda: count("block", tensor_parallel_block(), whole),
+    }
+    spoils = {
+        f"spoiled_{name}_{what}_{side}": later(spoiled, kind, layout, what, side, **options)
+        for name, kind, layout, options in (
+            ("fsdp2", "toy", lambda: sharded("toy"), {}),
+            ("ddp", "mistral", ddp, {}),
+            ("fsdp1", "toy", lambda: fsdp1("toy", use_orig_params=True), world()),
+        )
+        for what in ("nan", "inf", "loss")
+        for side in (0, 1)
+    }
+    misuse = {
+        "S1_whole_side": lambda: deferred(sharded("toy"), False, True),
+        "S1_whole_side_model": lambda: deferred(sharded("toy"), True, True),
+        "S1_last_micro_batch_model": lambda: deferred(sharded("toy"), True, False),
+        "S3_stale": stale,
+        "S5_crossed": lambda: crossed(ddp()),
+        "S6_ddp": lambda: unsynchronized(ddp(), False),
+        "S6_ddp_project": lambda: unsynchronized(ddp(), False, project=True),
+        "S6_ddp_model": lambda: unsynchronized(ddp(), True),
+        "S6_fsdp1_model": lambda: unsynchronized(fsdp1(use_orig_params=True), True),
+        "S23_functional": functional,
+        "fsdp1_without_group": lambda: step("mistral", fsdp1(use_orig_params=True), share()),
+        "fsdp1_elementless_without_group": elementless,
+        "fsdp1_no_loser": lambda: barren(**world()),
+        "S8_ddp_with_group": lambda: step("mistral", ddp(), share(), **world()),
+        "S8_no_shard_with_group": lambda: step("mistral", fsdp1(strategy="NO_SHARD"), share(), **world()),
+        "half_sharded": half_sharded,
+        "separate_models": separate,
+        "mesh_slice": lambda: slice_of_a_mesh((2, 1)),
+        "stepped_inside": stepped_inside,
+    }
+    others = {
+        "separate_models_alone": lambda: separate(process_group=alone),
+        "fsdp1_elementless": lambda: elementless(**world()),
+        "copies_spoiled": copies_spoiled,
+    }
+    return layouts | numbers | counts | spoils | others, misuse
+
+
+def quads():
+    """Cases of four ranks, two by two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def both(kind="block"):
+        """Tensor parallel blocks, sharded over the other dimension of the mesh."""
+        return fully_shard(tensor_parallel_block(mesh["tp"]), mesh=mesh["dp"])
+
+    halves = slice(mesh.get_local_rank("dp"), None, 2)
+    return {
+        "hsdp": lambda: train("mistral", sharded("mistral", mesh), share()),
+        "hsdp_accumulate": lambda: train("toy", sharded("toy", mesh), share()),
+        "fsdp_tp": lambda: train("block", both(), halves),
+        "gathered_hsdp": lambda: against_gathered("mistral", sharded("mistral", mesh), share()),
+        "count_hsdp": lambda: count("mistral", sharded("mistral", mesh), share()),
+        "count_fsdp_tp": lambda: count("block", both(), halves),
+    }, {
+        "S2_all_reduce": lambda: without_all_reduce(sharded("toy", mesh), False),
+        "S2_all_reduce_model": lambda: without_all_reduce(sharded("toy", mesh), True),
+        "mesh_slice": lambda: slice_of_a_mesh((2, 2)),
+    }
+
+
+def main(folder):
+    faulthandler.dump_traceback_later(170, exit=True)  # a rank that hangs says where
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    cases, misuse = pairs() if dist.get_world_size() == 2 else quads()
+    wanted = os.environ.get("CASES", "").split()  # for looking into one by hand
+    results = {}
+    for name, case in (cases | misuse).items():
+        if wanted and name not in wanted:
+            continue
+        print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
+        results[name] = refused(case, (GradientError, ValueError)) if name in misuse else case()
+        dist.barrier()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()  # a rank that leaves early takes the connections of the other with it
+    os._exit(0)  # tearing DDP down while the interpreter exits hangs now and then
 
 
 if __name__ == "__main__":
