@@ -101,8 +101,8 @@ def gram(
     are added by one all-reduce of 3P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
     part of it: shards (DTensors, or plain tensors with `process_group`) add up, copies (replicated DTensors, plain tensors
     otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss
-    too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a side
-    that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
+    too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a
+    side that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
     `rows` are `products` that were taken before; the lists then only say which gradients there are and how they lie.
 
     Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
@@ -115,10 +115,10 @@ def gram(
     device = local(present[0]).device if present else device
     rows = [products(w, l) for w, l in zip(winner, loser)] if rows is None else rows
     numbers = torch.stack([row.to(device) for row in rows])
-    parallel = max((PARALLEL.get(g.dtype.to_real() if g.is_complex() else g.dtype, 1e-6) for g in present), default=1e-12)
+    parallel = max((PARALLEL.get(g.dtype.to_real(), 1e-6) for g in present), default=1e-12)
     fault = table = None
     if together:
-        meshes = [g.device_mesh for g in present if isinstance(g, DTensor)]
+        meshes = [g.device_mesh for g in present if _is_laid_out(g)]  # type: ignore[attr-defined]
         ranks = dist.get_world_size(process_group)
         shards = process_group is not None and not meshes
         copies = [1 if shards else _copies(w if w is not None else l, ranks) for w, l in zip(winner, loser)]
@@ -196,6 +196,8 @@ def settled(g: Tensor, parameter: Tensor) -> Tensor:
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients start at one address: something wrote the second over the first."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False  # one is packed, which copied it
     address = local(one).data_ptr()
     return address != 0 and address == local(other).data_ptr()
 
@@ -267,9 +269,14 @@ def _constant(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def _copies(g: Tensor | None, ranks: int) -> int:
+def _is_laid_out(g: Any) -> bool:
+    """Whether a gradient, as it is or stored, is a DTensor."""
+    return isinstance(g, DTensor) or (not isinstance(g, Tensor) and getattr(g, "device_mesh", None) is not None)
+
+
+def _copies(g: Any, ranks: int) -> int:
     """How many of the ranks hold the same part of a gradient; a plain tensor is a copy on each."""
-    if not isinstance(g, DTensor):
+    if not _is_laid_out(g):
         return ranks
     mesh = g.device_mesh
     if mesh.size() != ranks:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ogdopt import metric as own_metric
 from ogdopt import stored
-from ogdopt.gram import FAULTS, DTensor, Gram, gram, local, mix_, moved, pending, same_memory, settled, shared
+from ogdopt.gram import FAULTS, DTensor, Gram, gram, local, mix_, moved, pending, products, same_memory, settled, shared
 from ogdopt.metric import Entry
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
@@ -168,6 +168,7 @@ class PairedGradient(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+            box["packed"] = {}
         box["active"] = None
 
     def winner(self) -> Any:
@@ -205,11 +206,12 @@ class PairedGradient(Optimizer):
             raise GradientError("step() got closures while a context's gradient is waiting; use one way or the other in a step")
         if loser is not None:
             self._run("loser", loser)
-        if winner is not None:
+        twice = winner if loser is not None and self.set_aside == "recompute" else None
+        if winner is not None and twice is None:
             self._run("winner" if loser is not None else None, winner)
         collected = box["winner"] is not None or box["loser"] is not None or box["active"]
         ours = collected or box["mixture"] is not None
-        report = self._mix(clip=True) if collected else self._adopt()
+        report = self._recompute(twice) if twice else self._mix(clip=True) if collected else self._adopt()
         if not report.norm.isfinite():
             self._refuse(report)
             return report
@@ -330,6 +332,97 @@ class PairedGradient(Optimizer):
                 "first (a reused buffer: a captured graph, or a hook that assigns p.grad). Assign p.grad a copy in each pass"
             )
 
+    def _recompute(self, closure: Closure) -> StepReport:
+        """Measure the winner's gradient tensor by tensor without keeping it, then run its pass again onto the loser's."""
+        box, parameters, rows = self._box, self._parameters(), {}
+        losers: dict[Tensor, Tensor] = box["loser"]
+
+        def measure(p: Tensor) -> None:
+            if p in rows:
+                raise GradientError(
+                    "set_aside='recompute' measures the winner's gradient while it is computed, and a parameter got a second "
+                    "part of it: run one backward pass a side (under FSDP2 also several, with set_requires_gradient_sync on "
+                    "in the last alone), or use 'int8'"
+                )
+            rows[p] = products(settled(p.grad, p), losers.get(p))  # type: ignore[arg-type]
+            p.grad = None
+
+        hooks = self._on_gradients(measure)
+        if len(hooks) < sum(p.requires_grad for p in parameters):
+            raise GradientError(
+                "set_aside='recompute' reads each gradient when its backward is done, and under DDP or FSDP1 it is not yet "
+                "averaged then; shard the model with fully_shard (FSDP2), or use 'int8' or torch.bfloat16"
+            )
+        generators = _generators(parameters[0].device)
+        before = [get() for get, _ in generators]
+        box["active"] = "winner"
+        try:
+            with torch.enable_grad():
+                loss = closure()
+                returned = not rows and isinstance(loss, Tensor) and loss.requires_grad
+                if returned:
+                    loss.backward()  # type: ignore[union-attr]
+            for p in parameters:
+                if p.grad is not None:
+                    measure(p)
+            for hook in hooks:
+                hook.remove()
+            if not rows:
+                raise GradientError(f"the winner's pass left no gradient on any of the {len(parameters)}. {NO_GRADIENT}")
+            if isinstance(loss, (Tensor, float, int)):
+                box["losses"]["winner"] = torch.as_tensor(loss).detach().sum()
+            entries = [Entry({}, p, p if p in rows else None, losers.get(p)) for p in parameters]
+            report = self._measure(entries, True, rows=[rows.get(p, products(None, losers.get(p))) for p in parameters])
+            self._forget()
+            if not report.norm.isfinite():
+                return report
+            box["active"] = "winner"
+            alone = self._onto(report, losers)
+            for (_, put), state in zip(generators, before):
+                put(state)
+            with torch.enable_grad():
+                again = closure()
+                if returned and isinstance(again, Tensor):
+                    again.backward()
+            a = report.a * report.scale
+            for k, p in zip(self._blocks(), parameters):
+                if p.grad is not None:
+                    mix_(p.grad, None, a[k], a[k])
+            for p, g in alone.items():
+                p.grad = g
+            first, second = (None if x is None else float(torch.as_tensor(x).detach().sum()) for x in (loss, again))
+            if first is not None and second is not None and not abs(second - first) <= 1e-2 * abs(first) + 1e-6:
+                raise GradientError(
+                    f"the winner's closure gave loss {first:.6g}, and {second:.6g} when it ran again for "
+                    "set_aside='recompute': it must do the same both times, so take the batch outside of it"
+                )
+        except BaseException:
+            self._forget()
+            self.zero_grad()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        box.update(active=None, mixture=Mixture([], report, 1.0, torch.ones_like(report.norm)), report=report)
+        return report
+
+    @torch.no_grad()
+    def _onto(self, report: StepReport, losers: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Put b/a g_l into p.grad, for a second pass to add g_w; where a = 0 give b g_l back instead."""
+        alone = {}
+        a, b = report.a, report.b
+        for k, p in zip(self._blocks(), self._parameters()):
+            l = losers.pop(p, None)
+            if l is None:
+                continue
+            factor = torch.where(a[k] != 0, b[k] / a[k], b[k] * report.scale)
+            mix_(l, None, factor, factor)
+            if a[k] != 0:
+                p.grad = l
+            else:
+                alone[p] = l
+        return alone
+
     @torch.no_grad()
     def _mix(self, clip: bool, grad_scale: float = 1.0) -> StepReport:
         box = self._box
@@ -337,6 +430,11 @@ class PairedGradient(Optimizer):
             raise GradientError(f"project() or step() was called inside {box['active']}(); close that context first")
         if box["winner"] is None:
             raise GradientError("there is no winner's gradient to project; run its backward inside `with opt.winner():` first")
+        if self.set_aside == "recompute" and box["loser"] is not None:
+            raise GradientError(
+                "set_aside='recompute' runs the winner's pass twice, so it needs step(winner, loser) with two closures; with "
+                "contexts use 'int8' or torch.bfloat16"
+            )
         groups = {p: group for group in reversed(self.param_groups) for p in group["params"]}
         losers, paired = box["loser"] or {}, box["loser"] is not None
         entries = [Entry(groups[p], p, box["winner"].get(p), losers.get(p)) for p in self._parameters()]
@@ -406,13 +504,15 @@ class PairedGradient(Optimizer):
             dw = torch.where(a != 0, (du - b * dl) / a, torch.where(report.blocks.same_direction, parallel_wl, torch.nan))
             report.change = torch.stack([dw.sum(), dl.sum(), dd.sum()])
 
-    def _measure(self, entries: list[Entry], paired: bool, grad_scale: float = 1.0) -> StepReport:
+    def _measure(
+        self, entries: list[Entry], paired: bool, grad_scale: float = 1.0, rows: Sequence[Tensor] | None = None
+    ) -> StepReport:
         losses = list(self._box["losses"].values())
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
         ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
         sizes = self._block_sizes()
         expected = (self._box["winner"] is not None, self._box["loser"] is not None)
-        blocks = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected).pooled(sizes)
+        blocks = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected, rows).pooled(sizes)
         self._box["measured"] = blocks
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
@@ -607,6 +707,15 @@ def _check_base(base: Any) -> None:
             f"{type(base).__name__}.step needs a closure, which it would call again and so step on the unprojected gradient; "
             "choose an optimizer whose step() works without one"
         )
+
+
+def _generators(device: torch.device) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """(read, write) of the random states that a closure may draw from."""
+    found = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type not in ("cpu", "meta"):
+        module = torch.get_device_module(device)
+        found.append((module.get_rng_state, module.set_rng_state))
+    return found
 
 
 def _name(rule: Any) -> str:

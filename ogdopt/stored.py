@@ -55,6 +55,11 @@ class Stored:
         rows /= torch.where(scale > 0, scale, 1.0)[:, None]
         self.values[start : start + padded.numel()] = rows.round_().nan_to_num_().view(-1).to(torch.int8)
 
+    @property
+    def is_cuda(self) -> bool:
+        """Where the gradient was."""
+        return self.device.type == "cuda"
+
     def numel(self) -> int:
         """Number of elements."""
         return self.shape.numel()
