@@ -99,9 +99,9 @@ def gram(
     `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Under torch.distributed the ranks' numbers
     are added by one all-reduce of 3P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
     part of it: shards (DTensors, or plain tensors with `process_group`) add up, copies (replicated DTensors, plain tensors
-    otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss too, on
-    every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a side
-    that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
+    otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss
+    too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a
+    side that is `expected` and has a gradient on no rank. `device` is where a rank without any gradient takes part.
 
     Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
     whole group.

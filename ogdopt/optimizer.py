@@ -245,7 +245,8 @@ class PairedGradient(Optimizer):
         parameters = self._parameters()
         if not taken and self.process_group is None and any(p.numel() for p in parameters):
             raise GradientError(
-                f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. {NO_GRADIENT}"
+                f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "
+                f"{NO_GRADIENT}"
             )
         return taken
 
