@@ -320,7 +320,7 @@ class PairedGradient(Optimizer):
         if not taken and self.process_group is None and any(p.numel() for p in parameters):
             raise GradientError(
                 f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "
-                + NO_GRADIENT
+                f"{NO_GRADIENT}"
             )
         return taken
 

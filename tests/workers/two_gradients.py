@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from ogdopt import GradientError, ProjectedGradient
 
 STEPS = 10
-MAX_NORM = 0.35  # under some of the ten norms and over others
+MAX_NORM = {"mistral": 2.0, "toy": 1.6, "block": 1.16}  # under some of the ten norms and over others
+LEARNING_RATE = {"mistral": 1e-4, "toy": 1e-3, "block": 1e-3}
 
 
 # ---- models and data: the same in one process and in many ----------------------------------------------------------------
@@ -98,18 +100,18 @@ def build(kind):
 
 
 def data(kind, steps):
-    """(winners, losers) of each step: token ids (4, 9) or inputs (4, ...), for one process or all ranks together."""
+    """(winners, losers) of each step: token ids (8, 9) or inputs (8, ...), for one process or all ranks together."""
     g = torch.Generator().manual_seed(1)
     if kind == "mistral":
-        return [torch.randint(32, (2, 4, 9), generator=g) for _ in range(steps)]
-    return [torch.randn(2, 4, *((5,) if kind == "toy" else (6, 8)), generator=g) for _ in range(steps)]
+        return [torch.randint(32, (2, 8, 9), generator=g) for _ in range(steps)]
+    return [torch.randn(2, 8, *((5,) if kind == "toy" else (6, 8)), generator=g) for _ in range(steps)]
 
 
 def loss_of(kind, model, x, loser):
     if kind == "mistral":
         return model(input_ids=x, labels=x).loss
     out = model(x, loser=loser)
-    return (out - (1.0 if loser else 0.0)).square().mean()
+    return (out - (1.0 if loser else 2 * x[..., : out.shape[-1]])).square().mean()
 
 
 def syncing(model, on):
@@ -134,8 +136,8 @@ def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, 
     """The numbers of every step and the parameters at the end, of ten RMSprop steps that sometimes clip."""
     model = build(kind) if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    base = torch.optim.RMSprop(parameters, lr=1e-4 if kind == "mistral" else 1e-2, foreach=False)
-    opt = ProjectedGradient(base, max_norm=MAX_NORM, **options)
+    base = torch.optim.RMSprop(parameters, lr=LEARNING_RATE[kind], foreach=False)
+    opt = ProjectedGradient(base, max_norm=MAX_NORM[kind], **options)
     numbers = []
     for k, pair in enumerate(data(kind, steps)):
 
@@ -149,7 +151,7 @@ def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, 
                         loss.backward()
             return loss if micro == 1 else loss.detach()
 
-        r = opt.step(lambda: side(0), lambda: side(1))  # noqa: B023 - called at once
+        r = opt.step(lambda: side(0), lambda: side(1))
         scalars = [] if r.skipped else [*r.gram, r.grad_norm]
         numbers.append({"skipped": r.skipped, "clipped": r.clipped, "scalars": scalars})
     whole = vector(model)
@@ -227,7 +229,7 @@ class Watch(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # what a DTensor does underneath is seen, instead of the operation on it
         name = func.name().split("::")[-1].split(".")[0]
-        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional") and name != "wait_tensor":
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional") and "wait" not in name and "wrap" not in name:
             self.collectives[name] += 1
         self.reads += name == "_local_scalar_dense"
         return func(*args, **(kwargs or {}))
@@ -236,7 +238,7 @@ class Watch(TorchDispatchMode):
 def count(kind, model, mine, **options):
     """Collectives and host reads of a step's own: those of a step minus those of its two plain backward passes."""
     base = torch.optim.RMSprop(model.parameters(), foreach=False)
-    opt = ProjectedGradient(base, max_norm=MAX_NORM, **options)
+    opt = ProjectedGradient(base, max_norm=MAX_NORM[kind], **options)
     pairs = data(kind, 3)
     sides = [lambda x, i=i: loss_of(kind, model, x[mine], bool(i)) for i in (0, 1)]
     opt.step(lambda: sides[0](pairs[0][0]), lambda: sides[1](pairs[0][1]))  # lazy set-up of the layouts
@@ -305,9 +307,8 @@ def closures(kind, model, mine):
 
 
 def step(kind, model, mine, **options):
-    """One step; whether it was skipped, and the parameters' digest before and after."""
-    opt = optimizer(model, **options)
-    return opt.step(*closures(kind, model, mine))
+    """One step's report."""
+    return optimizer(model, **options).step(*closures(kind, model, mine))
 
 
 # ---- misuse --------------------------------------------------------------------------------------------------------------
@@ -401,27 +402,25 @@ def separate(**options):
     """Every rank trains a model of its own on data of its own."""
     model = build("toy")
     report = step("toy", model, share(), **options)
-    return {"ll": report.gram.ll, "skipped": report.skipped, "alone": step_alone_ll()}
+    return {"ll": report.gram.ll, "alone": alone("toy", share())}
 
 
-def step_alone_ll():
-    model = build("toy")
-    gs = torch.autograd.grad(
-        closures("toy", model, share())[1](), [p for p in model.parameters() if p.requires_grad], None, allow_unused=True
-    )
-    return sum(g.double().square().sum().item() for g in gs if g is not None)
+def alone(kind, mine, name=""):
+    """<g_l, g_l> of a bare model over the parameters whose name ends so."""
+    model = build(kind)
+    closures(kind, model, mine)[1]().backward()
+    gs = [p.grad for n, p in model.named_parameters() if p.grad is not None and n.endswith(name)]
+    return sum(g.double().square().sum().item() for g in gs)
 
 
 def elementless(**options):
     """FSDP1 whose rank 1 owns no element of what the optimizer holds: it takes part all the same."""
     model = fsdp1("toy", use_orig_params=True)
-    held = [next(p for p in model.parameters())]
+    held = [p for n, p in model.named_parameters() if n.endswith("a.weight")]
     opt = ProjectedGradient(torch.optim.SGD(held, lr=1e-2), **options)
     winner, loser = closures("toy", model, share())
-    for p in model.parameters():
-        p.grad = None
     report = opt.step(winner, loser)
-    return {"gram": list(report.gram), "held": held[0].numel()}
+    return {"ll": report.gram.ll, "alone": alone("toy", slice(None), "a.weight"), "held": held[0].numel()}
 
 
 def barren(**options):
@@ -432,10 +431,10 @@ def barren(**options):
 
 
 def uneven_batches():
-    """Three sequences on rank 0 and one on rank 1, weighed by the global number of tokens (S22)."""
+    """Six sequences on rank 0 and two on rank 1, weighed by the global number of tokens (S22)."""
     model = build("mistral")
-    mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
-    weight = {0: 3, 1: 1}[dist.get_rank()] * dist.get_world_size() / 4
+    mine = slice(0, 6) if dist.get_rank() == 0 else slice(6, 8)
+    weight = {0: 6, 1: 2}[dist.get_rank()] * dist.get_world_size() / 8
     return train("mistral", DistributedDataParallel(model), mine, spoil=lambda loss, k, i: loss * weight)
 
 
@@ -453,17 +452,17 @@ def spoiled(kind, layout, what, side, **options):
     return train(kind, layout(), share(), steps=3, spoil=spoil, **options)
 
 
-def copies_spoiled():
-    """A copied DTensor gradient that is NaN on the last rank alone, where no owner would look."""
-    model = tensor_parallel_block()
+def spoiled_here(kind, model, mine, pick, value):
+    """The last rank alone holds a gradient, whole or its shard, that is not finite (S26)."""
     opt = optimizer(model)
-    winner, loser = closures("block", model, slice(None))
+    winner, loser = closures(kind, model, mine)
     before = vector(model)
 
     def closure():
         winner().backward()
         if dist.get_rank() == dist.get_world_size() - 1:
-            model.down.bias.grad.to_local().fill_(float("nan"))
+            g = pick(model).grad
+            (g.to_local() if isinstance(g, DTensor) else g).fill_(value)
 
     report = opt.step(closure, loser)
     return {"skipped": report.skipped, "still": torch.equal(vector(model), before)}
@@ -485,24 +484,21 @@ def stepped_inside():
 
 
 def pairs():
-    """Cases of two ranks."""
-    from functools import partial as later
-
-    alone = dist.new_subgroups(group_size=1)[0]
+    """Cases of two ranks: those that return something, and those that must be refused."""
+    single = dist.new_subgroups(group_size=1)[0]
     whole = slice(None)
-    views = {"gradient_as_bucket_view": True}
+    views, unused = {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}
+    offload = CPUOffloadPolicy(pin_memory=False)
     layouts = {
         "fsdp2": lambda: train("mistral", sharded("mistral"), share()),
-        "fsdp2_offload": lambda: train(
-            "mistral", sharded("mistral", offload_policy=CPUOffloadPolicy(pin_memory=False)), share()
-        ),
+        "fsdp2_offload": lambda: train("mistral", sharded("mistral", offload_policy=offload), share()),
         "fsdp2_accumulate": lambda: train("mistral", sharded("mistral"), share(), micro=2),
         "fsdp2_uneven": lambda: train("toy", sharded("toy"), share()),
         "ddp": lambda: train("mistral", ddp(), share()),
         "ddp_views": lambda: train("mistral", ddp(**views), share()),
         "ddp_accumulate": lambda: train("mistral", ddp(**views), share(), micro=2),
         "ddp_static": lambda: train("mistral", ddp(static_graph=True), share()),
-        "ddp_unused": lambda: train("toy", ddp("toy", find_unused_parameters=True), share()),
+        "ddp_unused": lambda: train("toy", ddp("toy", **unused), share()),
         "ddp_uneven_batches": uneven_batches,
         "fsdp1_flat": lambda: train("mistral", fsdp1(), share(), **world()),
         "fsdp1_params": lambda: train("mistral", fsdp1(use_orig_params=True), share(), **world()),
@@ -527,7 +523,7 @@ def pairs():
         "count_tp_sequence": lambda: count("block", tensor_parallel_block(), whole),
     }
     spoils = {
-        f"spoiled_{name}_{what}_{side}": later(spoiled, kind, layout, what, side, **options)
+        f"spoiled_{name}_{what}_{side}": partial(spoiled, kind, layout, what, side, **options)
         for name, kind, layout, options in (
             ("fsdp2", "toy", lambda: sharded("toy"), {}),
             ("ddp", "mistral", ddp, {}),
@@ -558,9 +554,11 @@ def pairs():
         "stepped_inside": stepped_inside,
     }
     others = {
-        "separate_models_alone": lambda: separate(process_group=alone),
+        "separate_models_alone": lambda: separate(process_group=single),
         "fsdp1_elementless": lambda: elementless(**world()),
-        "copies_spoiled": copies_spoiled,
+        "spoiled_here_fsdp2": lambda: spoiled_here("toy", sharded("toy"), share(), lambda m: m.b.weight, torch.inf),
+        "spoiled_here_ddp": lambda: spoiled_here("toy", ddp("toy", **unused), share(), lambda m: m.module.b.bias, torch.nan),
+        "spoiled_here_tp": lambda: spoiled_here("block", tensor_parallel_block(), whole, lambda m: m.down.bias, torch.nan),
     }
     return layouts | numbers | counts | spoils | others, misuse
 
@@ -569,14 +567,15 @@ def quads():
     """Cases of four ranks, two by two."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
-    def both(kind="block"):
+    def both():
         """Tensor parallel blocks, sharded over the other dimension of the mesh."""
         return fully_shard(tensor_parallel_block(mesh["tp"]), mesh=mesh["dp"])
 
     halves = slice(mesh.get_local_rank("dp"), None, 2)
     return {
         "hsdp": lambda: train("mistral", sharded("mistral", mesh), share()),
-        "hsdp_accumulate": lambda: train("toy", sharded("toy", mesh), share()),
+        "hsdp_accumulate": lambda: train("mistral", sharded("mistral", mesh), share(), micro=2),
+        "hsdp_uneven": lambda: train("toy", sharded("toy", mesh), share()),
         "fsdp_tp": lambda: train("block", both(), halves),
         "gathered_hsdp": lambda: against_gathered("mistral", sharded("mistral", mesh), share()),
         "count_hsdp": lambda: count("mistral", sharded("mistral", mesh), share()),
