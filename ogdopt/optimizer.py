@@ -134,6 +134,8 @@ class PairedGradient(Optimizer):
         """
         winner, loser = _two(closure, loser)
         box = self._box
+        if winner is not None and loser is None and self._did_nothing(winner):
+            winner = None
         if winner is not None and (box["winner"] is not None or box["loser"] is not None):
             raise GradientError("step() got closures while a context's gradient is waiting; use one way or the other in a step")
         if loser is not None:
@@ -181,6 +183,19 @@ class PairedGradient(Optimizer):
                     loss = self._evaluate(closure)
         if isinstance(loss, (Tensor, float, int)):
             self._box["losses"][side or "winner"] = torch.as_tensor(loss).detach().sum()
+
+    def _did_nothing(self, closure: Closure) -> bool:
+        """Whether a lone closure, called while gradients are there already, left them all alone and returned no loss.
+
+        Lightning's manual mode hands such a closure to every `step()`. Any other is a mistake there, and `step` says so.
+        """
+
+        def gradients() -> list[Any]:
+            sides = [list((self._box[side] or {}).values()) for side in ("winner", "loser")]
+            return [(id(g), g._version) for g in [p.grad for p in self._parameters()] + sides[0] + sides[1] if g is not None]
+
+        before = gradients()
+        return bool(before) and closure() is None and gradients() == before
 
     def _evaluate(self, closure: Closure) -> Tensor | float | None:
         """Call a closure, and backward on what it returns unless it has left gradients itself."""
@@ -300,6 +315,11 @@ class PairedGradient(Optimizer):
         return self._box["skipped"]
 
     @property
+    def counters(self) -> Counters:
+        """`skipped_steps` as a part of a checkpoint: `dcp.save({"model": ..., "optim": ..., "ogdopt": opt.counters})`."""
+        return Counters(self._box)
+
+    @property
     def report(self) -> StepReport | None:
         """The last step's (or projection's) report."""
         return self._box["report"]
@@ -337,6 +357,24 @@ class PairedGradient(Optimizer):
         if not self._box["active"]:
             self._forget()
 
+    @property
+    def train(self) -> Callable[[], None]:
+        """The base's `train()`, where it has one (schedule-free ones need it before training); trainers ask by hasattr."""
+        return self._mode("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """The base's `eval()`, where it has one (schedule-free ones need it before evaluating and saving)."""
+        return self._mode("eval")
+
+    def _mode(self, name: str) -> Callable[[], None]:
+        if not hasattr(self.base, name):
+            raise AttributeError(
+                f"{type(self.base).__name__} has no {name}(), so neither has the {type(self).__name__} around it; only "
+                f"optimizers that keep two sets of weights (schedule-free) have modes. Did you mean model.{name}()?"
+            )
+        return getattr(self.base, name)
+
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Forwarded to the base, whose `state_dict` runs."""
         return self.base.register_state_dict_pre_hook(hook, prepend)
@@ -366,6 +404,24 @@ class PairedGradient(Optimizer):
     def __repr__(self) -> str:
         options = f"rule={getattr(self.rule, '__name__', self.rule)}, max_norm={self.max_norm}, scope={self.scope!r}"
         return f"{type(self).__name__}({self.base!r}, {options})"
+
+
+class Counters:
+    """What a `PairedGradient` has counted, in the two methods that checkpoint writers look for.
+
+    It is no part of the optimizer's state dict, which stays the bare base's.
+    """
+
+    def __init__(self, box: dict[str, Any]) -> None:
+        self._box = box
+
+    def state_dict(self) -> dict[str, int]:
+        """The numbers by name."""
+        return {"skipped_steps": self._box["skipped"]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting from the numbers of a checkpoint."""
+        self._box["skipped"] = int(state_dict["skipped_steps"])
 
 
 class ProjectedGradient(PairedGradient):
