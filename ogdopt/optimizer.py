@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ogdopt.gram import DTensor, Gram, gram, mix_, settled
+from ogdopt.gram import DTensor, Gram, gram, local, mix_, settled
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 
@@ -234,6 +234,16 @@ class PairedGradient(Optimizer):
                 "Either no backward ran (a closure must return its loss or call backward), or the optimizer was built on "
                 "other parameters than the model's (build it after sharding), or gradient synchronization was off for the "
                 "last micro-batch"
+            )
+        other = self._box["loser" if side == "winner" else "winner"] or {}
+        shared_places = sum(
+            local(g).data_ptr() == local(other[p]).data_ptr() for p, g in taken.items() if p in other and local(g).numel()
+        )
+        if shared_places:
+            raise GradientError(
+                f"the {side}'s pass wrote the gradients of {shared_places} parameters over those of the other side, which "
+                "waited by reference. CUDA graphs do so (torch.compile's reduce-overhead and max-autotune modes), and modules "
+                "that keep gradient buffers: compile without CUDA graphs, or clone p.grad at the end of each side's context"
             )
         return taken
 

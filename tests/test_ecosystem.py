@@ -293,6 +293,48 @@ def test_compiled_model(order):
     torch.testing.assert_close(vector(model), vector(other), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("clone", [False, True])
+def test_gradients_that_a_replayed_graph_writes_to_one_place_are_refused(clone):
+    """A CUDA graph's backward fills the same memory at every replay: two equal gradients would project to nothing."""
+    p, place = nn.Parameter(torch.zeros(2)), torch.empty(2)
+    opt = ProjectedGradient(SGD([p], lr=1.0))
+
+    def replay(*values):
+        p.grad = place.copy_(torch.tensor(values))
+        p.grad = p.grad.clone() if clone else p.grad
+
+    if clone:
+        opt.step(lambda: replay(1.0, 1.0), lambda: replay(2.0, 0.0))
+        assert p.tolist() == [0, -1]
+    else:
+        with pytest.raises(GradientError, match=r"1 parameters over those of the other side.*without CUDA graphs"):
+            opt.step(lambda: replay(1.0, 1.0), lambda: replay(2.0, 0.0))
+        assert p.tolist() == [0, 0] and p.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("base", ["RMSprop", "AdamW foreach"])
+def test_cuda_graphs_are_right_or_refused(base):
+    """Under reduce-overhead a step either equals the eager one or raises; never a silently wrong gradient (PITFALLS S27)."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, data = nn.Linear(64, 64).cuda(), torch.randn(6, 2, 32, 64).cuda()
+    twin = nn.Linear(64, 64).cuda()
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, mode="reduce-overhead")
+    ours, theirs = (ProjectedGradient(BASES[base](m.parameters())) for m in (model, twin))
+    try:
+        for x, y in data:
+            ours.step(lambda x=x: compiled(x).square().mean(), lambda y=y: (compiled(y) - 1).square().mean())
+    except RuntimeError as error:
+        assert "overwritten" in str(error) or "over those of the other side" in str(error)
+        return
+    for x, y in data:
+        theirs.step(lambda x=x: twin(x).square().mean(), lambda y=y: (twin(y) - 1).square().mean())
+    torch.testing.assert_close(vector(model), vector(twin), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("base", ["RMSprop", "AdamW foreach"])
 def test_compiled_base_step(base):
     """Bit for bit what the compiled base does alone with the projected gradient, and what the eager one does, to rounding."""
