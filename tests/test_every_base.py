@@ -1,6 +1,7 @@
 """One table over every optimizer class of torch.optim, torch_optimizer and schedulefree: what runs, what does not, and why."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -137,6 +138,13 @@ def vector(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def saved(opt):
+    """The bytes of a checkpoint."""
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("module", RUNS)
 def test_the_table_is_complete(module):
     listed = [*RUNS[module], *REFUSED[module], *BROKEN[module]]
@@ -163,7 +171,7 @@ def test_what_does_not_run_fails_bare_in_the_same_way(module, name, reason):
 
 @every_running
 def test_is_the_base_where_nothing_conflicts(module, name, options):
-    """A loser whose gradient opposes the winner's leaves the base's own trajectory, scheduled alike, bit for bit."""
+    """Where the loser's gradient opposes the winner's, weights, schedule and checkpoint are the bare base's, bit for bit."""
     model, opt, (winner, _) = build(module, name, options)
     plain, base, (w, _) = build(module, name, options, wrap=False)
     ours, theirs = scheduled(opt), scheduled(base)
@@ -175,7 +183,7 @@ def test_is_the_base_where_nothing_conflicts(module, name, options):
         ours.step()
         theirs.step()
         assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
-    assert torch.equal(vector(model), vector(plain))
+    assert torch.equal(vector(model), vector(plain)) and saved(opt) == saved(base)
 
 
 @every_running
@@ -189,11 +197,11 @@ def test_steps_and_resumes_bitwise(module, name, options):
             schedule.step()
 
     run(opt, schedule, losses)
-    saved = copy.deepcopy((model.state_dict(), opt.state_dict(), schedule.state_dict()))
+    checkpoint = copy.deepcopy((model.state_dict(), opt.state_dict(), schedule.state_dict()))
     run(opt, schedule, losses)
     fresh, again, fresh_losses = build(module, name, options)
     resumed = scheduled(again)
-    for part, state in zip((fresh, again, resumed), saved):
+    for part, state in zip((fresh, again, resumed), checkpoint):
         part.load_state_dict(state)
     run(again, resumed, fresh_losses)
     assert torch.equal(vector(fresh), vector(model)) and not torch.equal(vector(model), before)
