@@ -83,7 +83,8 @@ class Gram(NamedTuple):
 
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
         """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone (SPEC 1.12)."""
-        return (a * a * self.ww + 2 * a * b * self.wl + b * b * self.ll).sum().clamp(min=0).sqrt()
+        # a * a and b * b alone may leave the range of float64 where the two gradients differ in scale by 1e154.
+        return (a * (a * self.ww + 2 * b * self.wl) + b * (b * self.ll)).sum().clamp(min=0).sqrt()
 
 
 def gram(

@@ -159,7 +159,7 @@ class PairedGradient(Optimizer):
         try:
             yield
             taken = self._take(side, packing)
-            self._refuse_aliases(taken, box["loser" if side == "winner" else "winner"] or {})
+            self._refuse_aliases(side, taken, box["loser" if side == "winner" else "winner"] or {})
             box[side] = taken
         except BaseException:
             self._forget()
@@ -202,6 +202,8 @@ class PairedGradient(Optimizer):
         """
         winner, loser = _two(closure, loser)
         box = self._box
+        if winner is not None and loser is None and self._did_nothing(winner):
+            winner = None
         if winner is not None and (box["winner"] is not None or box["loser"] is not None):
             raise GradientError("step() got closures while a context's gradient is waiting; use one way or the other in a step")
         if loser is not None:
@@ -258,6 +260,19 @@ class PairedGradient(Optimizer):
             self._box["running"] = False
         if isinstance(loss, (Tensor, float, int)):
             self._box["losses"][side or "winner"] = torch.as_tensor(loss).detach().sum()
+
+    def _did_nothing(self, closure: Closure) -> bool:
+        """Whether a lone closure, called while gradients are there already, left them all alone and returned no loss.
+
+        Lightning's manual mode hands such a closure to every `step()`. Any other is a mistake there, and `step` says so.
+        """
+
+        def gradients() -> list[Any]:
+            sides = [list((self._box[side] or {}).values()) for side in ("winner", "loser")]
+            return [(id(g), g._version) for g in [p.grad for p in self._parameters()] + sides[0] + sides[1] if g is not None]
+
+        before = gradients()
+        return bool(before) and closure() is None and gradients() == before
 
     def _evaluate(self, closure: Closure) -> Tensor | float | None:
         """Call a closure, and backward on what it returns unless it has left gradients itself."""
@@ -324,12 +339,13 @@ class PairedGradient(Optimizer):
             )
         return taken
 
-    def _refuse_aliases(self, taken: dict[Tensor, Tensor], other: dict[Tensor, Tensor]) -> None:
+    def _refuse_aliases(self, side: Side, taken: dict[Tensor, Any], other: dict[Tensor, Any]) -> None:
         shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items())
         if shared:
             raise GradientError(
-                f"the winner's and the loser's gradients of {shared} parameters share memory, so that the second overwrote the "
-                "first (a reused buffer: a captured graph, or a hook that assigns p.grad). Assign p.grad a copy in each pass"
+                f"the {side}'s pass wrote the gradients of {shared} parameters over those of the other side: the two share "
+                "memory. CUDA graphs do so (torch.compile's reduce-overhead and max-autotune modes), and hooks that keep "
+                "gradient buffers: compile without CUDA graphs, or clone p.grad at the end of each side's context"
             )
 
     def _recompute(self, closure: Closure) -> StepReport:
@@ -565,6 +581,11 @@ class PairedGradient(Optimizer):
         return self._box["skipped"]
 
     @property
+    def counters(self) -> Counters:
+        """`skipped_steps` as a part of a checkpoint: `dcp.save({"model": ..., "optim": ..., "ogdopt": opt.counters})`."""
+        return Counters(self._box)
+
+    @property
     def report(self) -> StepReport | None:
         """The last step's (or projection's) report."""
         return self._box["report"]
@@ -603,6 +624,24 @@ class PairedGradient(Optimizer):
         if not self._box["active"]:
             self._forget()
 
+    @property
+    def train(self) -> Callable[[], None]:
+        """The base's `train()`, where it has one (schedule-free ones need it before training); trainers ask by hasattr."""
+        return self._mode("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """The base's `eval()`, where it has one (schedule-free ones need it before evaluating and saving)."""
+        return self._mode("eval")
+
+    def _mode(self, name: str) -> Callable[[], None]:
+        if not hasattr(self.base, name):
+            raise AttributeError(
+                f"{type(self.base).__name__} has no {name}(), so neither has the {type(self).__name__} around it; only "
+                f"optimizers that keep two sets of weights (schedule-free) have modes. Did you mean model.{name}()?"
+            )
+        return getattr(self.base, name)
+
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Forwarded to the base, whose `state_dict` runs."""
         return self.base.register_state_dict_pre_hook(hook, prepend)
@@ -635,6 +674,24 @@ class PairedGradient(Optimizer):
         options += "" if self.metric == "euclidean" else f", metric={self.metric!r}"
         options += "" if self.set_aside is None else f", set_aside={self.set_aside!r}"
         return f"{type(self).__name__}({self.base!r}, {options})"
+
+
+class Counters:
+    """What a `PairedGradient` has counted, in the two methods that checkpoint writers look for.
+
+    It is no part of the optimizer's state dict, which stays the bare base's.
+    """
+
+    def __init__(self, box: dict[str, Any]) -> None:
+        self._box = box
+
+    def state_dict(self) -> dict[str, int]:
+        """The numbers by name."""
+        return {"skipped_steps": self._box["skipped"]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting from the numbers of a checkpoint."""
+        self._box["skipped"] = int(state_dict["skipped_steps"])
 
 
 class ProjectedGradient(PairedGradient):

@@ -15,7 +15,10 @@ projection of g_w on the half-space {v : <v, g_l> <= 0}. Therefore, for the step
     the winner's loss falls:           <-eta u, g_w> = -eta |u|^2 <= 0                  (theorem 5.3)
     the loser's loss does not fall:    <-eta u, g_l> = eta max(0, -wl) >= 0             (theorem 5.4)
 
-Every rule returns NaN where the numbers are not finite, and leaves a zero gradient out.
+Every rule returns NaN where the numbers are not finite, and leaves a zero gradient out (MGDA then stands still, as by its
+definition). Where the gradients are parallel, all rules but sum and watch return (0, 0): what is left of their mixture
+there is rounding noise, which an adaptive optimizer would blow up to full steps. The numbers hold for gradients of norms
+from 1e-150 to 1e150, where their squares fit float64.
 """
 
 from __future__ import annotations
@@ -40,22 +43,20 @@ def orthogonal(gram: Gram) -> tuple[Tensor, Tensor]:
 
     - `g_l = 0`: nothing to remove, (1, 0).
     - conflict, `wl <= 0`: (1, 0), the winner's gradient bit for bit.
-    - parallel, `wl > 0` and 1 - cos^2 within rounding: (0, 0), since what is left of g_w would be rounding noise that
-      an adaptive optimizer blows up to full steps.
+    - parallel, `wl > 0` and 1 - cos^2 within rounding: (0, 0).
 
     >>> import torch
     >>> one = torch.ones((), dtype=torch.float64)
     >>> [x.item() for x in orthogonal(Gram(ww=2 * one, wl=one, ll=4 * one))]
     [1.0, -0.25]
     """
-    kept = torch.where(gram.same_direction, 0.0, torch.ones_like(gram.ww))
-    return _checked(gram, kept, -kept * _ratio(gram.wl.clamp(min=0), gram.ll))
+    return _unless_parallel(gram, torch.ones_like(gram.ww), -_ratio(gram.wl.clamp(min=0), gram.ll))
 
 
 def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
     """Normalized preference optimization ("gradient entanglement", section 5.1): `(1/|g_w|, -1/|g_l|)`.
 
-    The winner's likelihood rises and the loser's falls at every step, whatever the angle.
+    The winner's likelihood rises and the loser's falls at every step, whatever the angle; parallel gradients give (0, 0).
 
     >>> import torch
     >>> one = torch.ones((), dtype=torch.float64)
@@ -63,7 +64,7 @@ def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
     [0.5, -0.25]
     """
     one = torch.ones_like(gram.ww)
-    return _checked(gram, _ratio(one, gram.ww.sqrt()), -_ratio(one, gram.ll.sqrt()))
+    return _unless_parallel(gram, _ratio(one, gram.ww.sqrt()), -_ratio(one, gram.ll.sqrt()))
 
 
 def interval(t: float) -> Rule:
@@ -89,9 +90,7 @@ def _interval(gram: Gram, t: float) -> tuple[Tensor, Tensor]:
     one = torch.ones_like(kappa)
     a, b = (one, kappa) if t >= 0.5 else (kappa, one)
     a = torch.where(gram.ll > 0, a, 1.0)
-    # Parallel gradients leave no direction that does both; what would be left of them is rounding noise.
-    kept = torch.where(gram.same_direction, 0.0, one)
-    return _checked(gram, kept * a, -kept * b * lengths)
+    return _unless_parallel(gram, a, -b * lengths)
 
 
 def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -100,7 +99,7 @@ def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
     `(1 + max(0, wl)/ww, -1 - max(0, wl)/ll)`. Not OGD, which gives the second objective no weight of its own.
     """
     shared = gram.wl.clamp(min=0)
-    return _checked(gram, 1 + _ratio(shared, gram.ww), -1 - _ratio(shared, gram.ll))
+    return _unless_parallel(gram, 1 + _ratio(shared, gram.ww), -1 - _ratio(shared, gram.ll))
 
 
 def upgrad(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -114,8 +113,11 @@ def upgrad(gram: Gram) -> tuple[Tensor, Tensor]:
 
 def mgda(gram: Gram) -> tuple[Tensor, Tensor]:
     """MGDA on L_w and -L_l: the shortest vector `gamma g_w - (1 - gamma) g_l`, 0 <= gamma <= 1."""
-    gamma = _ratio(gram.ll + gram.wl, gram.ww + 2 * gram.wl + gram.ll).clamp(0, 1)
-    return _checked(gram, gamma, gamma - 1)
+    # The longer gradient has the smaller weight. That one is computed and the other is what it leaves of 1: the other way
+    # round the small weight would be rounding noise of 1, and times the long gradient as large as the whole step.
+    small = _ratio(torch.minimum(gram.ww, gram.ll) + gram.wl, gram.ww + 2 * gram.wl + gram.ll).clamp(0, 1)
+    longer = gram.ww > gram.ll
+    return _unless_parallel(gram, torch.where(longer, small, 1 - small), -torch.where(longer, 1 - small, small))
 
 
 def sum(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -138,6 +140,11 @@ def watch(gram: Gram) -> tuple[Tensor, Tensor]:
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 where y is 0."""
     return torch.where(y > 0, x / y, 0.0)
+
+
+def _unless_parallel(gram: Gram, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), and (0, 0) where the gradients are parallel, so that their mixture is rounding noise."""
+    return _checked(gram, torch.where(gram.same_direction, 0.0, a), torch.where(gram.same_direction, 0.0, b))
 
 
 def _checked(gram: Gram, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class StepReport:
     @property
     def parallel(self) -> bool:
         """Whether some block's winner gradient was dropped for being parallel to the loser's."""
-        return bool(((self.a == 0) & (self.blocks.ww > 0)).any())
+        return bool(((self.a == 0) & (self.b == 0) & (self.blocks.ww > 0)).any())
 
     @property
     def clipped(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim import SGD, Adam, RMSprop
+from torch.optim import SGD, RMSprop
 
 from ogdopt import GradientError, NonFiniteGradient, PairedGradient, ProjectedGradient
 from ogdopt.projection import orthogonal, watch
@@ -523,32 +523,3 @@ def test_schedulers_move_the_bases_learning_rate(name, recwarn):
             s.step(1.0) if name == "ReduceLROnPlateau" else s.step()
         assert opt.base.param_groups[0]["lr"] == other.base.param_groups[0]["lr"], k
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
-
-
-@pytest.mark.parametrize("overflow", [False, True])
-def test_grad_scaler(overflow):
-    """Scaled backwards, project, scaler.step: the same step as unscaled, and the scaler's skip when it overflows."""
-    model, opt, winner, loser = toy(max_norm=0.1)
-    other, plain, w, x = toy(max_norm=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    factor = float("inf") if overflow else 1.0
-    for k in range(3):
-        with opt.loser():
-            scaler.scale(loser()).backward()
-        with opt.winner():
-            scaler.scale(winner() * (factor if k == 1 else 1.0)).backward()
-        opt.project()
-        scaler.step(opt)
-        scaler.update()
-        if not (overflow and k == 1):
-            plain.step(w, x)
-    torch.testing.assert_close(vector(model), vector(other), rtol=1e-5, atol=1e-7)
-    assert (scaler.get_scale() < 2.0**12) == overflow
-
-
-def test_base_classes_of_every_kind_run_with_adam_fused():
-    model, _, winner, loser = toy()
-    opt = ProjectedGradient(Adam(model.parameters(), lr=1e-3, fused=True), max_norm=1.0)
-    before = vector(model)
-    opt.step(winner, loser)
-    assert not torch.equal(vector(model), before)
