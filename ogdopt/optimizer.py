@@ -140,7 +140,8 @@ class PairedGradient(Optimizer):
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
         self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False}
         self._forget()
-        self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
+        if hasattr(self.base, "_optimizer_step_pre_hooks"):  # some wrappers never called Optimizer.__init__
+            self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
 
     # ---- the three verbs -------------------------------------------------------------------------------------------------
 
