@@ -268,12 +268,15 @@ class PairedGradient(Optimizer):
         Lightning's manual mode hands such a closure to every `step()`. Any other is a mistake there, and `step` says so.
         """
 
-        def gradients() -> list[Any]:
-            sides = [list((self._box[side] or {}).values()) for side in ("winner", "loser")]
-            return [(id(g), g._version) for g in [p.grad for p in self._parameters()] + sides[0] + sides[1] if g is not None]
+        def gradients() -> list[tuple[Tensor, int]]:
+            waiting = [g for side in ("winner", "loser") for g in (self._box[side] or {}).values()]
+            return [(g, g._version) for g in waiting + [p.grad for p in self._parameters()] if g is not None]
 
         before = gradients()
-        return bool(before) and closure() is None and gradients() == before
+        if not before or closure() is not None:
+            return False
+        after = gradients()
+        return len(after) == len(before) and all(x is y and m == n for (x, m), (y, n) in zip(before, after))
 
     def _evaluate(self, closure: Closure) -> Tensor | float | None:
         """Call a closure, and backward on what it returns unless it has left gradients itself."""
