@@ -25,8 +25,8 @@ from ogdopt.gram import Gram, Ranks, _chunks, local
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-7}
 """Cosine of the angle left between the change and g_l, on the side that does not help the loser; 16-bit types: 1e-4."""
-PASSES = 40
-"""Most evaluations of the root; a handful is what it takes."""
+PASSES = 12
+"""Most evaluations of the root; six is what it takes, and where there is a jump instead more would not find it."""
 
 
 class Entry(NamedTuple):
@@ -256,19 +256,20 @@ def correct(
     a: Tensor,
     b: Tensor,
     ranks: Ranks,
-    driven: bool = False,
+    driven: float | None = None,
 ) -> None:
     """Move the parameters, after the base stepped, to where theorems 5.3 and 5.4 hold for the change (see the module).
 
     Each entry's `w` is what the base was given, `a g_w + b g_l` with its block's coefficients (clip included), and stands
     for g_w here: where a = 0 the two gradients are parallel. `ranks` is who shares the entries.
-    With `driven` P is the metric that g_w would have made: where the second moment was 0, the one of u has no bound.
+    With `driven`, what a scaler multiplied the gradients by before the step, P is the metric that g_w would have made: where
+    the second moment was 0, the one of u has no bound.
     """
     form = FORMS[type(base)]
     per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
     sums = torch.zeros(len(sizes), 5, dtype=torch.float64)
     own = min(form.own(group) for group in base.param_groups)
-    ab = list(zip(a.tolist(), b.tolist())) if driven else [None] * len(sizes)
+    ab = [None if driven is None or a_ == 0 else (driven / a_, b_) for a_, b_ in zip(a.tolist(), b.tolist())]
     for entry, k, copies in zip(entries, per_tensor, ranks.copies):
         if entry.w is not None:
             for _, u, l, P, r in _changes(form, base, entry, ab[k]):
@@ -312,7 +313,7 @@ def _multipliers(products: Tensor, a: Tensor, b: Tensor, own: float) -> tuple[Te
 def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, float] | None = None) -> Iterator[tuple[Any, ...]]:
     """Chunks of (theta, u, g_l, P, r) of one parameter after the step; g_l is 0 where there is none.
 
-    With `driven`, the block's coefficients (a, b), P is the metric that g_w = (u - b g_l)/a would make.
+    With `driven`, (1/a, b) of the block, P is the metric that g_w = (u - b g_l)/a would make.
     """
     group, p, u, l = entry
     s = {key: value for key, value in base.state[p].items() if isinstance(value, Tensor)}
@@ -331,8 +332,8 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
         if decay and (decoupled or not buffered):
             k = float(group["lr"]) * decay if decoupled else P * decay
             r = (r + k * theta) / (1 - k)  # of the parameter as it was before the step
-        if driven is not None and driven[0] != 0:
-            P = form.gain(group, step, form.second(group, state, (u_ - driven[1] * l_) / driven[0]))
+        if driven is not None:
+            P = form.gain(group, step, form.second(group, state, (u_ - driven[1] * l_) * driven[0]))
         yield theta, u_, l_, P, r
 
 
@@ -345,4 +346,4 @@ def _tolerance(p: Tensor) -> float:
 
 
 def _sum(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float64)
+    return x.sum().double()  # of a chunk: pairwise, so that float32 is right to its rounding

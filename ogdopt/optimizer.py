@@ -516,7 +516,8 @@ class PairedGradient(Optimizer):
         scale = report.scale * mixture.factor
         a, b, sizes = report.a * scale, report.b * scale, self._block_sizes()
         if repair and (report.inexact or own_metric.drifts(self.base)):
-            own_metric.correct(self.base, entries, sizes, a, b, ranks, driven=report.inexact)
+            driven = mixture.factor.item() if report.inexact else None
+            own_metric.correct(self.base, entries, sizes, a, b, ranks, driven)
         if self.measure_change:
             numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) / n for e, x, n in zip(entries, before, ranks.copies)])
             du, dl, dd = ranks.total(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["ogdopt.gram", "ogdopt.losses"],
-    1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report"],
+    1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored"],
     2: ["ogdopt.optimizer"],
     3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
     4: ["harness.world", "harness.rows", "harness.methods", "harness.checkpoints", "harness.items", "harness.runs"],

@@ -35,7 +35,7 @@ def test_what_is_read_back_is_within_the_rounding(n, exponent, seed, form):
 def test_bytes(form, per_element):
     g = torch.randn(3 * CPU_CHUNK + 1)
     stored = Stored(g, form)
-    assert stored.nbytes == pytest.approx(per_element * g.numel(), rel=1e-3)
+    assert stored.nbytes == pytest.approx(per_element * g.numel(), rel=2e-3)
     assert torch.equal(torch.cat(list(stored.pieces(CPU_CHUNK))).float(), stored.restored())
 
 
