@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_says_so(study, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--methods", "odg"], "['odg']; expected different names out of sft, dpo, ogd"),
+        (["--methods", "odg"], "['odg']; expected different names out of sft, dpo, ogd, ogd_metric"),
         (["--preference.data.train", "nothing.jsonl"], "nothing.jsonl"),
         (["--preference.lr", "1"], "preference.lr"),
         (["--study.name", "a/b"], "study.name is 'a/b'"),
