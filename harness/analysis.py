@@ -21,6 +21,7 @@ WAYS = ("direct", "cloze", "generate")
 ASKED = {"direct": "asked directly", "cloze": "asked by cloze", "generate": "asked to answer freely"}
 STYLE, ACCURACY = "style rate", "held-out preference accuracy"
 EPSILON = 1e-9
+HELPS = -1e-5  # a cosine below it helps the losers; what rounds the parameters to float32 stays above
 Epochs = Mapping[str, Mapping[int, int]]  # run -> seed -> epoch
 
 
@@ -36,6 +37,7 @@ class Point:
     rejected_change: float | None
     tax: dict[str, Tax]
     seconds: float | None  # the evaluation took
+    margin: float | None = None  # held-out reward margin
 
     def skill(self, criterion: str | None) -> float | None:
         """Preference learning by the study's criterion."""
@@ -60,6 +62,37 @@ class Contrast:
     def __str__(self) -> str:
         seeds = f"; seeds {', '.join(number(v, sign=True) for v in self.seeds)}" if len(self.seeds) > 1 else ""
         return f"{number(self.value, sign=True)} points {interval(self.low, self.high)}{seeds}"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How often the steps of one run of one seed did what OGD promises: the winners' loss falls, the losers' does not.
+
+    Judged by the cosines of the parameter change with the two gradients; a step that moved nothing has none.
+    """
+
+    steps: int  # that have the cosines
+    winners_missed: float  # share of them whose change did not lower the winners' loss
+    losers_helped: float  # share of them whose change lowered the losers' loss
+    worst_chosen: float  # largest cosine with the winners' gradient
+    worst_rejected: float  # smallest cosine with the losers' gradient
+    passes: float | None  # mean of the further passes over the gradients; None: the method takes none
+
+
+def promise_of(run: Run) -> Promise | None:
+    """None where the run did not log what its steps did."""
+    chosen, rejected = (run.series(f"ogd/update_cosine_{side}")[1] for side in ("chosen", "rejected"))
+    if not chosen or not rejected:
+        return None
+    passes = run.series("ogd/passes")[1]
+    return Promise(
+        len(rejected),
+        sum(c >= 0 for c in chosen) / len(chosen),
+        sum(c < HELPS for c in rejected) / len(rejected),
+        max(chosen),
+        min(rejected),
+        sum(passes) / len(passes) if passes else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +132,11 @@ class Comparison:
             return None
         seeds = tuple(x - y for x, y in zip(ours.seeds, theirs.seeds))
         return Contrast(*difference(ours, theirs), seeds, reduction(ours, theirs))
+
+    def promises(self, name: str) -> list[Promise]:
+        """How the run's steps kept OGD's promise, one a seed that logged it."""
+        runs = [seed.runs[name] for seed in self.study.seeds if name in seed.runs]
+        return [promise for run in runs if (promise := promise_of(run)) is not None]
 
     @property
     def shared_seeds(self) -> list[int]:
@@ -184,6 +222,7 @@ def _point(run: Run, epoch: int, model: Evaluation, tax: dict[str, Tax]) -> Poin
         change("eval_logps_mean/rejected"),
         tax,
         model.seconds,
+        run.at_epoch("eval_rewards/margins", epoch),
     )
 
 
@@ -308,7 +347,7 @@ def results_of(found: Comparison) -> dict[str, Any]:
 
     def chosen(name: str, epochs: Epochs) -> dict[str, Any]:
         points = found.at(name, epochs)
-        keys = ("epoch", "style", "accuracy", "chosen_change", "rejected_change")
+        keys = ("epoch", "style", "accuracy", "margin", "chosen_change", "rejected_change")
         taxes = {way: found.tax(name, epochs, way) for way in found.ways}
         return {"seeds": list(epochs[name]), **{key: [getattr(p, key) for p in points] for key in keys}, "tax": taxes}
 
@@ -320,6 +359,7 @@ def results_of(found: Comparison) -> dict[str, Any]:
             "best": chosen(name, found.best),
             "matched": chosen(name, found.matched),
             "tax_minus_at_matched": {o: found.contrast(name, o, w) for w in found.ways[:1] for o in found.points if o != name},
+            "promise": found.promises(name),
             "epochs": found.points[name],
         }
         for name, run in found.study.runs.items()

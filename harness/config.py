@@ -226,7 +226,7 @@ class Config:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
-    """Preference methods: sft (winners only), dpo, ogd."""
+    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric)."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)

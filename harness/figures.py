@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.runs import Run
 
-HUES = {"dpo": "#0072B2", "ogd": "#D55E00", "sft": "#009E73"}
-OTHER_HUES = ["#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+HUES = {"dpo": "#0072B2", "ogd": "#D55E00", "ogd_metric": "#CC79A7", "sft": "#009E73"}
+OTHER_HUES = ["#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "osD^vPX<>*hpd8"
 PAPER: dict[Any, Any] = {
     "font.size": 13,
@@ -80,6 +80,7 @@ class Panel:
     joined: bool = True  # draw lines, not points alone
     markers: bool = True  # at every point, not at the end alone
     floor: float | None = None  # TAX that two equally good models score, shaded up to 0
+    zero: bool = False  # draw a line at 0
     level: Sequence[float] = field(default_factory=list)  # vertical lines: the matched level of each seed
     whole_x: bool = False  # x counts epochs
 
@@ -145,6 +146,7 @@ def _draw(panel: Panel, look: Mapping[str, Look]) -> Figure:
 def _background(ax: Axes, panel: Panel) -> None:
     if panel.floor is not None:
         ax.axhspan(panel.floor, 0, color="#bbbbbb", alpha=0.35, lw=0)
+    if panel.floor is not None or panel.zero:
         ax.axhline(0, color="#777777", lw=1)
     for level in panel.level:
         ax.axvline(level, color="#777777", lw=1, ls=":")
@@ -276,13 +278,24 @@ def study_panels(
     yield Panel(
         "projection",
         "The projection at work",
-        "Top: cosine between the two gradients. Bottom: the share of the winner's gradient that the projection "
-        "removes. Running means over 2% of the steps. Look for a cosine well above 0 (the two answers pull on the same "
-        "weights: there is a conflict to remove); near 0, OGD is winners-only training.",
-        ylabels=["cosine", "removed share"],
+        "Top: cosine between the two gradients. Bottom: the length that the projection leaves of the winner's gradient, as "
+        "a share (1: nothing removed). Running means over 2% of the steps. Look for a cosine well above 0 (the two answers "
+        "pull on the same weights: there is a conflict to remove); near 0, OGD is winners-only training.",
+        ylabels=["cosine", "share left"],
         curves=[logged(runs, "ogd/cosine", _calm), logged(runs, "ogd/projected_fraction", _calm)],
         xlabel=step,
         markers=False,
+    )
+    yield Panel(
+        "update_against_losers",
+        "What the step does to the losers",
+        "Cosine between the change of the parameters and the losers' gradient, every logged step. Look for points below 0: "
+        "there the optimizer turned OGD's gradient into a change that makes the losers likelier, what OGD promises not to do.",
+        ylabels=["cosine(change, losers' gradient)"],
+        curves=[logged(runs, "ogd/update_cosine_rejected")],
+        xlabel=step,
+        markers=False,
+        zero=True,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ogdopt.optimizer import Metric
 from ogdopt.projection import Rule, orthogonal, watch
 
 
@@ -22,6 +23,13 @@ class Method:
     beta: bool = False
     """Whether `preference.beta` is a hyper-parameter; one run for each value."""
     label: str = ""
+    metric: Metric = "euclidean"
+    """Which change keeps the rule's promise: the gradient that the optimizer gets, or the parameter change that it makes."""
+
+    @property
+    def two_gradients(self) -> bool:
+        """Whether winners and losers have a gradient each."""
+        return self.loss == "nll" and set(self.sides) == {"winner", "loser"}
 
     @property
     def pairwise(self) -> bool:
@@ -33,6 +41,7 @@ METHODS: dict[str, Method] = {
     "sft": Method("nll", ("winner",), label="SFT on winners"),
     "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
     "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
+    "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD, optimizer's metric", metric="optimizer"),
 }
 
 

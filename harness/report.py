@@ -18,15 +18,16 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from harness.analysis import ASKED, Comparison, Point, headline, measure, results_of
+from harness.analysis import ASKED, HELPS, Comparison, Point, headline, measure, results_of
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
 from harness.runs import Study, read_study
-from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread
+from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
 
 TEMPLATES = Path(__file__).parent / "templates"
 BEST, MATCHED = "Each run at its best epoch", "At matched preference learning"
+PROMISE = "Does the step keep its promise?"
 SUPERVISED = "supervised (the start)"
 EASY, HARD = 0.97, 0.85  # outside, a benchmark hides early forgetting, or its ratio is mostly noise
 
@@ -119,6 +120,8 @@ def tables(found: Comparison) -> Iterator[Table]:
     yield _supervised_table(found)
     for way in found.ways:
         yield _task_table(found, way)
+    if any(found.promises(name) for name in found.points):
+        yield _promise_table(found)
     yield _cost_table(found)
 
 
@@ -293,6 +296,52 @@ def _task_table(found: Comparison, way: str) -> Table:
     )
     columns = ["benchmark", "n", "supervised", *(found.label(name) for name in present)]
     return Table(f"Per benchmark, {ASKED.get(way, way)}", columns, rows, note, folded=way != found.ways[0])
+
+
+def _promise_table(found: Comparison) -> Table:
+    confidence = _confidence(found)
+    rows = []
+    for name in found.points:
+        promises, points = found.promises(name), found.at(name, found.best)
+        if not promises:
+            continue
+        rows.append(
+            [
+                found.label(name),
+                spread([p.steps for p in promises], 0),
+                spread([p.winners_missed for p in promises], 1, scale=100, unit="%"),
+                spread([p.losers_helped for p in promises], 1, scale=100, unit="%"),
+                tiny(max(p.worst_chosen for p in promises)),
+                tiny(min(p.worst_rejected for p in promises)),
+                spread([p.passes for p in promises], 1),
+                _tax_cell(found.tax(name, found.best, "direct")),
+                _style_cell(points, confidence),
+                spread([p.margin for p in points], sign=True),
+            ]
+        )
+    columns = [
+        "method",
+        "steps",
+        "did not help winners",
+        "helped losers",
+        "worst cosine, winners",
+        "worst cosine, losers",
+        "further passes",
+        "TAX",
+        "style rate",
+        "reward margin",
+    ]
+    note = (
+        "OGD promises of every step that the winners' loss falls and the losers' does not; here that is judged by the change "
+        "which the optimizer made of it, to first order, on the step's own batch. Its cosine is below 0 with the winners' "
+        f"gradient, else it did not help winners, and not below 0 with the losers': below {tiny(HELPS)} it helped losers, "
+        "since rounding of the parameters to float32 stays above that. Steps: those logged that moved anything. Further "
+        "passes: over the gradients, a step. TAX, style rate and held-out reward margin are of the run's best epoch."
+        + _seeds_note(found)
+        + " Look for shares of 0% in the optimizer's metric, and for how often the same optimizer breaks the promise without "
+        "it. Then compare TAX, style rate and margin of the two: they say whether a kept promise is worth its passes."
+    )
+    return Table(PROMISE, columns, rows, note)
 
 
 def _cost_table(found: Comparison) -> Table:

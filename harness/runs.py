@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+LAST = ("ogd", "ogd_metric")  # methods behind all others, as in the paper's table
 NOT_RUNS = {"data", "tokenizer", "supervised"}
 NUMBERED = re.compile(r"(?:seed|epoch)-(\d+)")
 
@@ -135,12 +136,13 @@ class Study:
 
     @property
     def runs(self) -> dict[str, Run]:
-        """One run of each name, by method (ogd last, as in the paper's table) and falling beta."""
+        """One run of each name, by method (OGD last, as in the paper's table) and falling beta."""
         found = {name: run for seed in self.seeds for name, run in seed.runs.items()}
         methods = list(dict.fromkeys(run.method for run in found.values()))
 
         def order(run: Run) -> tuple:
-            return run.method == "ogd", methods.index(run.method), -(run.beta or 0), run.name
+            last = LAST.index(run.method) if run.method in LAST else -1
+            return last, methods.index(run.method), -(run.beta or 0), run.name
 
         return {run.name: run for run in sorted(found.values(), key=order)}
 

@@ -64,6 +64,15 @@ def number(value: float | None, digits: int = 2, sign: bool = False, unit: str =
     return text.replace("-", "−") + unit
 
 
+def tiny(value: float) -> str:
+    """A number of any size to two significant digits.
+
+    >>> tiny(-2.13e-7), tiny(-0.0918)
+    ('−2.1e−07', '−0.092')
+    """
+    return f"{value:.2g}".replace("-", "−")
+
+
 def percent(rate: float | None, digits: int = 1) -> str:
     """A share of 1 as a percentage."""
     return number(None if rate is None else 100 * rate, digits, unit="%")

@@ -64,7 +64,7 @@ class Job:
         if METHODS[self.method].pairwise and not self.data.paired:
             raise ValueError(
                 f"method {self.method!r} compares two answers to one prompt, but the preference rows are unpaired (prompt, "
-                "completion, label); give pairs (prompt, chosen, rejected), or choose sft or ogd"
+                "completion, label); give pairs (prompt, chosen, rejected), or choose sft, ogd or ogd_metric"
             )
 
     @property
@@ -127,9 +127,7 @@ class Trainer:
         self.plan = job.plan
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
         config = job.config
-        options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
-        base = getattr(torch.optim, config.optimizer)(model.parameters(), lr=config.learning_rate, **options)
-        self.optimizer = PairedGradient(base, self.method.rule, max_norm=config.max_grad_norm)
+        self.optimizer = self._optimizer()
         warmup = config.warmup_steps if config.warmup_ratio is None else round(config.warmup_ratio * self.plan.steps)
         self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
@@ -172,6 +170,21 @@ class Trainer:
         done = {"steps": plan.steps, "epochs": math.ceil(plan.steps / plan.steps_per_epoch)}
         done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps}
         write_json(job.directory / "complete.json", done)
+
+    def _optimizer(self) -> PairedGradient:
+        """The configured optimizer under the method's rule; raises ValueError where torch or the library refuses it."""
+        method, config = self.method, self.job.config
+        options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
+        try:
+            base = getattr(torch.optim, config.optimizer)(self.model.parameters(), lr=config.learning_rate, **options)
+            return PairedGradient(
+                base, method.rule, max_norm=config.max_grad_norm, metric=method.metric, measure_change=method.two_gradients
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"method {self.job.method!r} cannot use optimizer {config.optimizer} with optimizer_args "
+                f"{config.optimizer_args}: {error}"
+            ) from error
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 
@@ -238,7 +251,7 @@ class Trainer:
         line |= {"learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens_per_second": tokens / seconds}
         if report.skipped:
             line["skipped"] = 1.0
-        if set(self.method.sides) == {"winner", "loser"} and not self.method.pairwise:
+        if self.method.two_gradients:
             coefficient = report.coefficients
             assert isinstance(coefficient, tuple)
             line |= {
@@ -249,6 +262,11 @@ class Trainer:
                 "ogd/norm_rejected": report.gram.ll**0.5,
                 "ogd/parallel": float(report.parallel),
             }
+            if self.method.metric == "optimizer":
+                line["ogd/passes"] = float(report.passes)
+            # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
+            if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
+                line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
         return line
 
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------

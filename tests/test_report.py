@@ -18,8 +18,8 @@ from rich.console import Console
 
 from harness.analysis import headline, measure
 from harness.config import ReportConfig
-from harness.figures import spearman
-from harness.report import BEST, MATCHED, _figures, print_table, write_report
+from harness.figures import looks, spearman
+from harness.report import BEST, MATCHED, PROMISE, _figures, print_table, write_report
 from harness.runs import read_study
 from harness.tables import Table, markdown_text, number, spread
 
@@ -78,11 +78,12 @@ def _metrics(forgot: float, method: str, rng: np.random.Generator) -> list[dict]
         if step % 10 == 0:
             noise = 0.05 * rng.normal(size=2) * (step > 0)
             drift = (-10 * forgot * epoch if method == "dpo" else 0.2 * epoch) + noise[0]
-            fall = {"dpo": 1 + 10 * forgot, "ogd": 0.1, "sft": -0.1}[method] * epoch + noise[1]
+            fall = {"dpo": 1 + 10 * forgot, "ogd": 0.1, "ogd_metric": 0.1, "sft": -0.1}[method] * epoch + noise[1]
             row |= {"eval_logps/chosen": -20 + 8 * drift, "eval_logps/rejected": -22 - 8 * fall}
             row |= {"eval_logps_mean/chosen": -2 + drift, "eval_logps_mean/rejected": -2.2 - fall}
             row |= {
                 "eval_rewards/accuracies": min(0.95, 0.5 + 0.2 * epoch),
+                "eval_rewards/margins": 0.1 * epoch,
                 "eval_dpo_loss": math.log(2) * math.exp(-epoch / 3),
             }
         rows.append(row)
@@ -235,6 +236,73 @@ def test_level_is_the_highest_that_every_run_reaches(finished):
         "ogd": 3,
         "sft": 3,
     }
+
+
+@pytest.fixture(scope="module")
+def promised(tmp_path_factory):
+    """A study with ogd and ogd_metric whose logged steps keep and break the promise as written here."""
+    runs = {name: RUNS[name] for name in ("dpo_beta0.2", "ogd", "sft")}
+    runs["ogd_metric"] = ("ogd_metric", None, "OGD, optimizer's metric", 0.002, RUNS["ogd"][4])
+    folder = write_study(tmp_path_factory.mktemp("runs") / "study", runs=runs)
+    logged = {  # (seed, run) -> cosines with the winners' gradient, with the losers', passes
+        (0, "ogd"): ([-0.2] * 9 + [0.0], [-0.1, -2e-5, -1e-5, -3e-6] + [0.3] * 6, None),
+        (1, "ogd"): ([-0.3] * 10, [0.0] * 10, None),
+        (0, "ogd_metric"): ([-0.2] * 10, [-2.13e-7] + [0.0] * 9, 8.0),
+        (1, "ogd_metric"): ([-0.2] * 10, [1e-7] * 10, 10.0),
+    }
+    for (seed, run), (chosen, rejected, passes) in logged.items():
+        with (folder / f"seed-{seed}" / run / "metrics.jsonl").open("a") as file:
+            for step, (w, x) in enumerate(zip(chosen, rejected), start=1):
+                row = {"step": step, "ogd/update_cosine_chosen": w, "ogd/update_cosine_rejected": x}
+                file.write(json.dumps(row | ({} if passes is None else {"ogd/passes": passes})) + "\n")
+            if passes is not None:  # a step that moved nothing has passes and no cosines
+                file.write(json.dumps({"step": 50, "ogd/passes": passes}) + "\n")
+    return write_report(folder, QUICK)
+
+
+def test_broken_promises_are_counted(promised):
+    """ogd: 2 of 10 and 0 of 10 steps helped losers, 1 of 10 and 0 of 10 did not help winners; −1e-5 itself is rounding."""
+    folder = promised.path.parent
+    markdown = (folder / "report.md").read_text()
+    ogd, metric = cells(markdown, PROMISE)
+    assert (ogd["method"], metric["method"]) == ("OGD", "OGD, optimizer's metric")
+    assert (ogd["steps"], ogd["helped losers"]) == ("10", "10.0% (0.0…20.0)")
+    assert ogd["did not help winners"] == "5.0% (0.0…10.0)"
+    assert (ogd["worst cosine, winners"], ogd["worst cosine, losers"], ogd["further passes"]) == ("0", "−0.1", "–")
+    assert (metric["steps"], metric["helped losers"], metric["did not help winners"]) == ("10", "0.0%", "0.0%")
+    assert (metric["worst cosine, winners"], metric["worst cosine, losers"]) == ("−0.2", "−2.1e−07")
+    assert metric["further passes"] == "9.0 (8.0…10.0)"
+    best = {row["method"]: row for row in cells(markdown, BEST)}
+    for row in (ogd, metric):
+        assert (row["TAX"], row["style rate"]) == (best[row["method"]]["TAX"], best[row["method"]]["style rate"])
+        assert row["reward margin"] == "+0.30"  # best epoch: 3
+    results = json.loads((folder / "results.json").read_text())["runs"]
+    assert [p["losers_helped"] for p in results["ogd"]["promise"]] == [0.2, 0.0]
+    assert [p["passes"] for p in results["ogd_metric"]["promise"]] == [8.0, 10.0]
+    assert results["sft"]["promise"] == []
+
+
+def test_promise_section_comes_with_words_and_a_figure(promised, finished):
+    (drawing,) = (d for d in promised.drawings if d.file.name == "update_against_losers.svg")
+    for file in ("report.html", "report.md"):
+        text = (promised.path.parent / file).read_text()
+        assert (
+            PROMISE in text and drawing.title in text and "−1e−05 it helped losers" in text and "Look for shares of 0%" in text
+        )
+        assert text.index(MATCHED) < text.index(PROMISE) < text.index("What it cost")
+        # and where nothing was logged there is neither
+        assert PROMISE not in (finished.path.parent / file).read_text()
+    assert "update_against_losers.svg" not in {d.file.name for d in finished.drawings}
+
+
+def test_ogd_in_the_optimizers_metric_is_a_run_like_any_other(promised):
+    """OGD stays what the others are compared with; the other metric stands behind it, in a colour of its own."""
+    assert list(promised.found.points) == ["dpo_beta0.2", "sft", "ogd", "ogd_metric"]
+    best, matched = promised.table(BEST), promised.table(MATCHED)
+    assert [best.rows[i][0] for i in best.strong] == [matched.rows[i][0] for i in matched.strong] == ["OGD"]
+    against = {row[0]: row[-1] for row in matched.rows}
+    assert against["OGD"] == "–" and "(noise)" in against["OGD, optimizer's metric"]
+    assert len({look.color for look in looks(promised.found.study.runs).values()}) == 4
 
 
 def test_headline_finds_the_truth_that_was_built_in(finished):

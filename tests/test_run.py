@@ -72,6 +72,7 @@ def test_a_study_ends_with_a_table_and_a_report(study):
         assert sorted(p.name for p in (here / "evals").iterdir()) == ["epoch-1.json", "epoch-2.json"]
         assert {"config.yaml", "metrics.jsonl", "model"} <= {p.name for p in here.iterdir()}
     assert not list(folder.rglob("*.tmp"))
+    assert "## Does the step keep its promise?" in (folder / "report.md").read_text()
 
 
 def test_what_is_finished_is_skipped(study):
@@ -91,8 +92,9 @@ def test_other_settings_are_refused_by_name(study):
 
 def test_more_methods_join_a_finished_study(study):
     folder, _ = study
-    code, out, err = finish(start(folder, "--preference.beta", "0.1,0.5"))
-    assert code == 0 and "evaluating dpo_beta0.5" in out and "evaluating ogd" not in out, err
+    code, out, err = finish(start(folder, "--preference.beta", "0.1,0.5", "--methods", "sft,dpo,ogd,ogd_metric"))
+    assert code == 0 and "evaluating dpo_beta0.5" in out and "evaluating ogd," not in out, err
+    assert "evaluating ogd_metric, epoch 2" in out and "OGD, optimizer's metric" in (folder / "report.md").read_text()
 
 
 def test_a_killed_study_ends_like_an_undisturbed_one(study, tmp_path):
@@ -125,7 +127,7 @@ def test_ctrl_c_saves_and_says_so(study, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--methods", "odg"], "['odg']; expected different names out of sft, dpo, ogd"),
+        (["--methods", "odg"], "['odg']; expected different names out of sft, dpo, ogd, ogd_metric"),
         (["--preference.data.train", "nothing.jsonl"], "nothing.jsonl"),
         (["--preference.lr", "1"], "preference.lr"),
         (["--study.name", "a/b"], "study.name is 'a/b'"),

@@ -1,5 +1,6 @@
 """The loop: gradients by definition, accumulation, resume, what is measured, what is refused."""
 
+import dataclasses
 import json
 import math
 import os
@@ -125,6 +126,42 @@ def test_dpo_starts_at_ln_2_and_ogd_raises_the_winners(tok, tmp_path):
     assert ogd[-1]["eval_logps/chosen"] > ogd[0]["eval_logps/chosen"] + 1
 
 
+@pytest.mark.parametrize("optimizer", ["RMSprop", "Adam", "AdamW", "SGD"])
+def test_in_the_optimizers_metric_every_step_keeps_its_promise(optimizer, tok, tmp_path):
+    run(tmp_path, tok, "ogd_metric", num_train_epochs=5, optimizer=optimizer)
+    start, still, *moved = lines(tmp_path)
+    assert "ogd/passes" not in start and still["learning_rate"] == 0 and "ogd/update_cosine_chosen" not in still
+    assert len(moved) == 14
+    assert all(line["ogd/update_cosine_rejected"] >= -1e-5 and line["ogd/update_cosine_chosen"] < 0 for line in moved)
+    assert max(line["ogd/passes"] for line in moved) > 1
+
+
+def test_plain_ogd_logs_the_promises_that_rmsprop_breaks(tok, tmp_path):
+    run(tmp_path, tok, "ogd", num_train_epochs=5)
+    found = [line["ogd/update_cosine_rejected"] for line in lines(tmp_path)[2:]]
+    assert len(found) == 14 and min(found) < -0.01
+    assert not any("ogd/passes" in line for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_methods_of_one_gradient_have_no_promise_to_log(method, tok, tmp_path):
+    run(tmp_path, tok, method)
+    assert not any(key.startswith("ogd/") for line in lines(tmp_path) for key in line)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "Adamax"}, r"'ogd_metric' cannot use optimizer Adamax .*for .*RMSprop.*; found Adamax"),
+        ({"optimizer_args": {"maximize": True}}, r"optimizer_args \{'maximize': True\}: .*found maximize=True"),
+        ({"optimizer_args": {"bta": 1}}, r"RMSprop with optimizer_args \{'bta': 1\}: .*unexpected keyword argument 'bta'"),
+    ],
+)
+def test_an_optimizer_that_will_not_do_is_refused_by_name(options, message, tok, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Trainer(job(tmp_path, tok, "ogd_metric", **options), small.model(tok), tok, torch.device("cpu"), False)
+
+
 def test_files_of_a_finished_run(tok, tmp_path):
     run(tmp_path, tok, "dpo", save_steps=2)
     done = json.loads((tmp_path / "complete.json").read_text())
@@ -158,6 +195,8 @@ def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, m
     run(tmp_path, tok)
     assert json.loads((tmp_path / "complete.json").read_text())["skipped_steps"] == 1
     assert [line["step"] for line in lines(tmp_path) if line.get("skipped")] == [3]
+    # step 1 has learning rate 0
+    assert [line["step"] for line in lines(tmp_path) if "ogd/update_cosine_rejected" in line] == [2, 4, 5, 6]
 
 
 def test_every_row_is_seen_once_an_epoch():
@@ -176,7 +215,22 @@ def test_the_smaller_unpaired_side_starts_over():
 
 def test_runs_of_a_study():
     assert [r.label for r in runs(["ogd", "dpo"], [0.2, 0.05])] == ["OGD", "DPO β=0.2", "DPO β=0.05"]
-    with pytest.raises(ValueError, match=r"\['odg'\]; expected different names out of sft, dpo, ogd"):
+    (spec,) = runs(["ogd_metric"], [])
+    assert (spec.name, spec.label, spec.beta) == ("ogd_metric", "OGD, optimizer's metric", None)
+
+
+def test_methods_table():
+    """What tells ogd_metric from ogd is the metric alone."""
+    assert list(METHODS) == ["sft", "dpo", "ogd", "ogd_metric"]
+    assert {name: method.metric for name, method in METHODS.items() if method.two_gradients} == {
+        "ogd": "euclidean",
+        "ogd_metric": "optimizer",
+    }
+    assert dataclasses.replace(METHODS["ogd_metric"], metric="euclidean", label="OGD") == METHODS["ogd"]
+
+
+def test_unknown_methods_and_betas_are_refused():
+    with pytest.raises(ValueError, match=r"\['odg'\]; expected different names out of sft, dpo, ogd, ogd_metric"):
         runs(["odg"], [0.1])
     with pytest.raises(ValueError, match="expected one or more different positive"):
         runs(["dpo"], [0.1, -1])
