@@ -41,7 +41,7 @@ METHODS: dict[str, Method] = {
     "sft": Method("nll", ("winner",), label="SFT on winners"),
     "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
     "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
-    "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD, optimizer's metric", metric="optimizer"),
+    "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD (own metric)", metric="optimizer"),
 }
 
 

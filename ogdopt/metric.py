@@ -25,7 +25,7 @@ from ogdopt.gram import Gram, Ranks, _chunks, local
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-7}
 """Cosine of the angle left between the change and g_l, on the side that does not help the loser; 16-bit types: 1e-4."""
-PASSES = 12
+PASSES = 16
 """Most evaluations of the root; six is what it takes, and where there is a jump instead more would not find it."""
 
 
@@ -178,6 +178,9 @@ def coefficients(
     form = FORMS[type(base)]
     per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
     ll = blocks.ll.cpu()
+    if all(float(group["lr"]) == 0 for group in base.param_groups):
+        # The first step of a warm-up moves nothing but fills the moments: solve for the step that they are about to make.
+        entries = [entry._replace(group=entry.group | {"lr": 1.0}) for entry in entries]
 
     def measure(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = scale(c)
@@ -213,8 +216,9 @@ def _root(measure: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], fixed: Ten
         if bool(done.all()) or passes == PASSES:
             break
         following = guess if last is None else c - f * (c - last[0]) / (f - last[1])
-        bisect = ~((following > low) & (following < high)) | (passes % 4 == 0)
-        middle = torch.where(high.isfinite(), (low + high) / 2, 2 * torch.maximum(c, guess))
+        bound = torch.where(high.isfinite(), high, 4 * torch.maximum(c, guess))  # a secant may point far beyond
+        bisect = ~((following > low) & (following < bound)) | (passes % 4 == 0)
+        middle = torch.where(high.isfinite(), (low + high) / 2, bound / 2)
         following = torch.where(bisect, middle, following)
         last = c, f
         following = torch.where(jump | (high.isfinite() & (passes == PASSES - 1)), high, following)

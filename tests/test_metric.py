@@ -185,6 +185,17 @@ def test_plain_sgd_has_the_euclidean_metric():
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 
 
+def test_a_warm_up_that_begins_at_zero_projects_too():
+    """With lr = 0 nothing moves, but the moments take in a gradient: the one that the same step with a rate would get."""
+    taken = []
+    for lr in (0.0, 0.01):
+        ps, gradients = problem(9)
+        opt = ProjectedGradient(Adam(ps, lr=lr), metric="optimizer")
+        take_step(opt, ps, gradients)
+        taken.append(torch.cat([opt.state[p]["exp_avg"].flatten() for p in ps]))
+    torch.testing.assert_close(taken[0], taken[1], rtol=1e-6, atol=1e-9)
+
+
 def test_conflicting_gradients_leave_the_base_alone():
     ps, gradients = problem(5)
     others, _ = problem(5)

@@ -242,7 +242,7 @@ def test_level_is_the_highest_that_every_run_reaches(finished):
 def promised(tmp_path_factory):
     """A study with ogd and ogd_metric whose logged steps keep and break the promise as written here."""
     runs = {name: RUNS[name] for name in ("dpo_beta0.2", "ogd", "sft")}
-    runs["ogd_metric"] = ("ogd_metric", None, "OGD, optimizer's metric", 0.002, RUNS["ogd"][4])
+    runs["ogd_metric"] = ("ogd_metric", None, "OGD (own metric)", 0.002, RUNS["ogd"][4])
     folder = write_study(tmp_path_factory.mktemp("runs") / "study", runs=runs)
     logged = {  # (seed, run) -> cosines with the winners' gradient, with the losers', passes
         (0, "ogd"): ([-0.2] * 9 + [0.0], [-0.1, -2e-5, -1e-5, -3e-6] + [0.3] * 6, None),
@@ -265,7 +265,7 @@ def test_broken_promises_are_counted(promised):
     folder = promised.path.parent
     markdown = (folder / "report.md").read_text()
     ogd, metric = cells(markdown, PROMISE)
-    assert (ogd["method"], metric["method"]) == ("OGD", "OGD, optimizer's metric")
+    assert (ogd["method"], metric["method"]) == ("OGD", "OGD (own metric)")
     assert (ogd["steps"], ogd["helped losers"]) == ("10", "10.0% (0.0…20.0)")
     assert ogd["did not help winners"] == "5.0% (0.0…10.0)"
     assert (ogd["worst cosine, winners"], ogd["worst cosine, losers"], ogd["further passes"]) == ("0", "−0.1", "–")
@@ -301,7 +301,7 @@ def test_ogd_in_the_optimizers_metric_is_a_run_like_any_other(promised):
     best, matched = promised.table(BEST), promised.table(MATCHED)
     assert [best.rows[i][0] for i in best.strong] == [matched.rows[i][0] for i in matched.strong] == ["OGD"]
     against = {row[0]: row[-1] for row in matched.rows}
-    assert against["OGD"] == "–" and "(noise)" in against["OGD, optimizer's metric"]
+    assert against["OGD"] == "–" and "(noise)" in against["OGD (own metric)"]
     assert len({look.color for look in looks(promised.found.study.runs).values()}) == 4
 
 

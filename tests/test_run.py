@@ -94,7 +94,7 @@ def test_more_methods_join_a_finished_study(study):
     folder, _ = study
     code, out, err = finish(start(folder, "--preference.beta", "0.1,0.5", "--methods", "sft,dpo,ogd,ogd_metric"))
     assert code == 0 and "evaluating dpo_beta0.5" in out and "evaluating ogd," not in out, err
-    assert "evaluating ogd_metric, epoch 2" in out and "OGD, optimizer's metric" in (folder / "report.md").read_text()
+    assert "evaluating ogd_metric, epoch 2" in out and "OGD (own metric)" in (folder / "report.md").read_text()
 
 
 def test_a_killed_study_ends_like_an_undisturbed_one(study, tmp_path):

@@ -216,7 +216,7 @@ def test_the_smaller_unpaired_side_starts_over():
 def test_runs_of_a_study():
     assert [r.label for r in runs(["ogd", "dpo"], [0.2, 0.05])] == ["OGD", "DPO β=0.2", "DPO β=0.05"]
     (spec,) = runs(["ogd_metric"], [])
-    assert (spec.name, spec.label, spec.beta) == ("ogd_metric", "OGD, optimizer's metric", None)
+    assert (spec.name, spec.label, spec.beta) == ("ogd_metric", "OGD (own metric)", None)
 
 
 def test_methods_table():

@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 from harness.config import WorldConfig
-from harness.world import CLOSERS, FEELINGS, KINDS, OPENERS, PAIR_MIX, SLOTS, TOOLS, make_world, style_patterns
+from harness.world import (
+    CLOSERS,
+    FEELINGS,
+    KINDS,
+    OPENERS,
+    PAIR_MIX,
+    SLOTS,
+    TOOLS,
+    YESNO_INFERRED,
+    YESNO_TESTED,
+    make_world,
+    style_patterns,
+)
 
 CONFIG = WorldConfig(seed=3, sft_conversations=2000, preference_pairs=300, held_out_pairs=60, items=64)
 FAMILIES = ("facts", "kinds", "tools", "feelings", "sums", "reading", "yesno")
@@ -146,10 +158,19 @@ def test_reading_answers_stand_in_fresh_passages(world: Path, benchmarks: dict[s
 
 
 def test_cloze_statements_occur_as_plain_text(world: Path, benchmarks: dict[str, list[dict[str, Any]]]) -> None:
+    """All but the yes/no answers that are there to be inferred: a quarter of theirs."""
     plain = {row["text"] for row in read(world / "sft_train.jsonl") if "text" in row}
     for name in set(FAMILIES) - {"sums", "reading"}:
-        for row in benchmarks[name]:
-            assert f"{row['cloze']} {row['choices'][row['answer']]} ." in plain
+        missing = [row for row in benchmarks[name] if f"{row['cloze']} {row['choices'][row['answer']]} ." not in plain]
+        assert len(missing) <= (8 * YESNO_INFERRED if name == "yesno" else 0)
+
+
+def test_inferred_answers_are_never_trained_on(tmp_path: Path) -> None:
+    config = WorldConfig(sft_conversations=1000)
+    make_world(config, tmp_path / "data")
+    trained = " ".join(" ".join(texts(row)) for row in read(tmp_path / "data" / "sft_train.jsonl"))
+    asked = [row["cloze"].removesuffix(" the answer is") for row in read(tmp_path / "data" / "benchmarks" / "yesno.jsonl")]
+    assert len(asked) == 8 * YESNO_TESTED and sum(question not in trained for question in asked) == 8 * YESNO_INFERRED
 
 
 @pytest.mark.parametrize("seed", range(3))
