@@ -8,6 +8,7 @@ a norm that those numbers already hold, and handed to the base optimizer as `p.g
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ Side: TypeAlias = Literal["winner", "loser"]
 Metric: TypeAlias = Literal["euclidean", "optimizer"]
 
 
+ELEMENTWISE = {
+    getattr(torch.optim, name) for name in "ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD".split()
+}
+"""Bases for which a shard of a tensor is stepped as a part of the whole one."""
 NO_GRADIENT = (
     "Either no backward ran (a closure must return its loss or call backward; torch.autograd.grad leaves p.grad alone), or "
     "the optimizer was built on other parameters than the model's (build it after sharding), or gradient synchronization "
@@ -121,6 +126,13 @@ class PairedGradient(Optimizer):
                 raise ValueError(
                     "metric='optimizer' needs both gradients at once, and set_aside='recompute' never has them; use 'int8'"
                 )
+        if process_group is not None and dist.get_world_size(process_group) > 1 and type(base) not in ELEMENTWISE:
+            warnings.warn(
+                f"process_group= says that parameters are local shards, and {type(base).__name__} is not known to step element "
+                "by element: one that takes norms or products of whole tensors (LAMB, Adafactor, Muon) steps otherwise on "
+                "shards than on the whole. Use AdamW or RMSprop, or FSDP2, whose parameters know their shape",
+                stacklevel=2,
+            )
         self.base = base
         self.rule = rule
         self.max_norm = max_norm
@@ -138,7 +150,7 @@ class PairedGradient(Optimizer):
         self._optimizer_step_post_hooks: OrderedDict = OrderedDict()
         self._patch_step_function()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
-        self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False}
+        self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False, "told": False}
         self._forget()
         if hasattr(self.base, "_optimizer_step_pre_hooks"):  # some wrappers never called Optimizer.__init__
             self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
@@ -353,9 +365,22 @@ class PairedGradient(Optimizer):
             )
 
     def _recompute(self, closure: Closure) -> StepReport:
-        """Measure the winner's gradient tensor by tensor without keeping it, then run its pass again onto the loser's."""
+        """Measure the winner's gradient tensor by tensor without keeping it, then run its pass again onto the loser's.
+
+        Where each tensor is a block of its own and no other rank has a part of it, all is known when its gradient is there:
+        it is mixed inside the first pass, and there is no second.
+        """
         box, parameters, rows = self._box, self._parameters(), {}
         losers: dict[Tensor, Tensor] = box["loser"]
+        once = self.scope == "tensor" and not (dist.is_available() and dist.is_initialized())
+
+        @torch.no_grad()
+        def mix(p: Tensor, g: Tensor, l: Tensor | None) -> None:
+            blocks = gram([g], [l])
+            rows[p] = torch.cat(blocks[:3])
+            a, b = self.rule(blocks)
+            mix_(g, l, a[0], b[0])
+            p.grad = g
 
         def measure(p: Tensor) -> None:
             if p in rows:
@@ -364,8 +389,12 @@ class PairedGradient(Optimizer):
                     "part of it: run one backward pass a side (under FSDP2 also several, with set_requires_gradient_sync on "
                     "in the last alone), or use 'int8'"
                 )
-            rows[p] = products(settled(p.grad, p), losers.get(p))  # type: ignore[arg-type]
-            p.grad = None
+            assert p.grad is not None
+            g = settled(p.grad, p)
+            if once:
+                mix(p, g, losers.pop(p, None))
+            else:
+                rows[p], p.grad = products(g, losers.get(p)), None
 
         hooks = self._on_gradients(measure)
         if len(hooks) < sum(p.requires_grad for p in parameters):
@@ -383,12 +412,14 @@ class PairedGradient(Optimizer):
                 if returned:
                     loss.backward()  # type: ignore[union-attr]
             for p in parameters:
-                if p.grad is not None:
+                if p.grad is not None and p not in rows:
                     measure(p)
             for hook in hooks:
                 hook.remove()
             if not rows:
                 raise GradientError(f"the winner's pass left no gradient on any of the {len(parameters)}. {NO_GRADIENT}")
+            for p in list(losers) if once else []:
+                mix(p, torch.zeros_like(p), losers.pop(p))
             if isinstance(loss, (Tensor, float, int)):
                 box["losses"]["winner"] = torch.as_tensor(loss).detach().sum()
             entries = [Entry({}, p, p if p in rows else None, losers.get(p)) for p in parameters]
@@ -396,18 +427,20 @@ class PairedGradient(Optimizer):
             self._forget()
             if not report.norm.isfinite():
                 return report
-            box["active"] = "winner"
-            alone = self._onto(report, losers)
-            for (_, put), state in zip(generators, before):
-                put(state)
-            with torch.enable_grad():
-                again = closure()
-                if returned and isinstance(again, Tensor):
-                    again.backward()
-            a = report.a * report.scale
+            again, alone, factor = loss, {}, torch.ones_like(report.a)
+            if not once:
+                box["active"] = "winner"
+                alone, factor = self._onto(report, losers), report.a
+                for (_, put), state in zip(generators, before):
+                    put(state)
+                with torch.enable_grad():
+                    again = closure()
+                    if returned and isinstance(again, Tensor):
+                        again.backward()
+            factor = factor * report.scale
             for k, p in zip(self._blocks(), parameters):
                 if p.grad is not None:
-                    mix_(p.grad, None, a[k], a[k])
+                    mix_(p.grad, None, factor[k], factor[k])
             for p, g in alone.items():
                 p.grad = g
             first, second = (None if x is None else float(torch.as_tensor(x).detach().sum()) for x in (loss, again))
@@ -531,6 +564,9 @@ class PairedGradient(Optimizer):
         losses = list(self._box["losses"].values())
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
         ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
+        if paired and not self._box["told"] and self.process_group is None:
+            self._box["told"] = True
+            self._tell([e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None])
         sizes = self._block_sizes()
         expected = (self._box["winner"] is not None, self._box["loser"] is not None)
         blocks = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected, rows).pooled(sizes)
@@ -549,6 +585,20 @@ class PairedGradient(Optimizer):
             report = StepReport(blocks, a, a * -root.c.to(a), report.losses, self.max_norm)
             report.passes, report.inexact = root.passes, not root.exact
         return report
+
+    def _tell(self, idle: list[Tensor]) -> None:
+        """Warn about trainable parameters that neither loss uses, once."""
+        if idle:
+            named = [pair for g in self.param_groups for pair in zip(g.get("param_names", []), g["params"])]
+            named += [] if self.model is None else list(self.model.named_parameters())
+            names = {p: name for name, p in named}
+            shown = [names.get(p, f"shape {tuple(p.shape)}") for p in idle]
+            warnings.warn(
+                f"{len(idle)} trainable parameters got a gradient from neither loss: {', '.join(shown[:5])}"
+                f"{', ...' if len(shown) > 5 else ''}. The base keeps no state for them, and a distributed checkpoint of it "
+                "may not load for want of that; freeze them (requires_grad_(False)) or leave them out of the optimizer",
+                stacklevel=4,
+            )
 
     def _judge(self, blocks: Gram) -> None:
         """Raise what the ranks found wrong with their gradients, on each of them."""

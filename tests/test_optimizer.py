@@ -210,6 +210,16 @@ def test_losses_on_one_parameter_each():
     assert torch.equal(only_l.grad, torch.full((2,), -c)) and unused.grad is None
 
 
+def test_trainable_parameters_that_neither_loss_uses_are_named_once(recwarn):
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1), "frozen": nn.Linear(2, 1).requires_grad_(False)})
+    opt = ProjectedGradient(SGD(model.named_parameters(), lr=0.1))
+    x = torch.ones(1, 2)
+    for _ in range(2):
+        opt.step(lambda: model["used"](x).sum(), lambda: -model["used"](x).sum())
+    told = [str(w.message) for w in recwarn]
+    assert len(told) == 1 and "2 trainable parameters got a gradient from neither loss: idle.weight, idle.bias. " in told[0]
+
+
 def test_tied_parameters_count_once():
     p = nn.Parameter(torch.ones(3))
     model = nn.ModuleDict({"a": nn.ParameterList([p]), "b": nn.ParameterList([p])})

@@ -152,6 +152,30 @@ def test_recompute_holds_no_second_buffer():
     assert len(passes) == 2 and len(alive) == 12 and max(alive) <= 1
 
 
+def test_tensor_by_tensor_recompute_needs_neither_a_second_buffer_nor_a_second_pass():
+    """Blocks of one tensor are mixed inside the winner's backward, in the loser's place."""
+    results = []
+    for form in ("recompute", None):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
+        only_loser = nn.Parameter(torch.ones(2))
+        x, y, passes = torch.randn(3, 32), torch.randn(3, 32), []
+        base = SGD([*model.parameters(), only_loser], lr=1.0)
+        opt = ProjectedGradient(base, max_norm=0.01, scope="tensor", set_aside=form)
+
+        def winner(model=model, x=x, passes=passes):
+            passes.append(None)
+            return model(x).square().mean()
+
+        for _ in range(3):
+            report = opt.step(winner, lambda model=model, y=y, p=only_loser: model(y).square().mean() + p.sum())
+        results.append((vector(model), report.grad_norm, report.coefficients))
+        assert len(passes) == 3 and report.clipped
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-8)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
+    assert results[0][2] == [pytest.approx(pair, rel=1e-6) for pair in results[1][2]]
+
+
 def test_recompute_replays_dropout():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 1))
