@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ogdopt.gram import FAULTS, DTensor, Gram, gram, mix_, pending, same_memory, settled
+from ogdopt.gram import FAULTS, DTensor, Gram, elsewhere, gram, mix_, pending, same_memory, settled
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 
@@ -241,9 +241,8 @@ class PairedGradient(Optimizer):
                 f"the {side}'s pass ended with gradients that are not synchronized: {waits}. Switch synchronization on before "
                 "the last micro-batch of each side; what waits now would be added to the other side's gradient"
             )
-        # A rank whose parameters have no element here (FSDP1), or that another may stand for, learns it with the others.
         parameters = self._parameters()
-        if not taken and self.process_group is None and any(p.numel() for p in parameters):
+        if not taken and not elsewhere(parameters, self.process_group):  # else the ranks find out together, in gram()
             raise GradientError(
                 f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "
                 f"{NO_GRADIENT}"
@@ -290,7 +289,7 @@ class PairedGradient(Optimizer):
             if p.grad is not None:
                 p.grad = settled(p.grad, p)
         gradients = [p.grad for p in self._parameters()]
-        if all(g is None for g in gradients) and self.process_group is None:
+        if all(g is None for g in gradients) and not elsewhere(self._parameters(), self.process_group):
             empty = torch.zeros(1, dtype=torch.float64)
             report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, self.max_norm)
         else:
