@@ -1,6 +1,7 @@
 """Who counts what: eight fake ranks of every layout together count each element once, and find out the same (PITFALLS S8)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ogdopt.gram import gram
+from ogdopt.gram import _reduce, gram
 from tests.gradients import inner
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -173,3 +174,20 @@ def test_the_threshold_of_parallel_gradients_is_the_coarsest_ranks():
 
     found = [numbers.parallel for numbers in ranks((2,), [None] * 4, spoil=spoil, group=True)]
     assert [float(x) for x in found] == [1e-6, 1e-6]
+
+
+@pytest.mark.parametrize("backends", [None, "meta:some", "cpu:gloo,meta:some"])
+def test_numbers_travel_on_a_device_that_the_group_can_talk_from(monkeypatch, backends):
+    """Offloaded gradients are on the CPU and their mesh is not: the message goes to the mesh's device first."""
+
+    class SentError(Exception):
+        pass
+
+    def all_reduce(message, group=None):
+        raise SentError(message.device.type)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    meshes = [] if backends else [SimpleNamespace(device_type="meta")]
+    with pytest.raises(SentError, match="cpu" if backends == "cpu:gloo,meta:some" else "meta"):
+        _reduce([torch.zeros(4, 3, dtype=torch.float64)], meshes, None)
