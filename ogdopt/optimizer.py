@@ -53,7 +53,8 @@ class PairedGradient(Optimizer):
     not synchronized yet (DDP, FSDP1, FSDP2).
 
     Under torch.distributed `step()` and `project()` are collectives: every rank of the group calls them, DTensor gradients
-    are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision.
+    are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision; step()
+    raises GradientError on all of them for copies that differ, for shards that are copies, and for a side left empty.
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 

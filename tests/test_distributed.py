@@ -52,7 +52,7 @@ def world(tmp_path_factory):
             if not done.exists():
                 done.write_text(json.dumps(launch(ranks, folder)))
         end = json.loads(done.read_text())
-        assert end["code"] == 0, f"the {ranks} ranks ended with {end['code']}:\n{end['said'][-6000:]}"
+        assert end["code"] == 0, f"the {ranks} ranks ended with {end['code']}:\n{end['said'][-12000:]}"
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
     return lambda ranks, case: [table[case] for table in results(ranks)]
