@@ -117,29 +117,26 @@ def gram(
     rows = [products(w, l) for w, l in zip(winner, loser)] if rows is None else rows
     numbers = torch.stack([row.to(device) for row in rows])
     parallel = max((PARALLEL.get(g.dtype.to_real(), 1e-6) for g in present), default=1e-12)
-    fault = table = None
-    if together:
-        meshes = [g.device_mesh for g in present if _is_laid_out(g)]  # type: ignore[attr-defined]
-        ranks = dist.get_world_size(process_group)
-        shards = process_group is not None and not meshes
-        copies = [1 if shards else _copies(w if w is not None else l, ranks) for w, l in zip(winner, loser)]
-        # What must agree between ranks (copies), or must not (shards, each weighed by its place: equal shards of two
-        # tensors are then no copies).
-        weight = torch.arange(1, len(copies) + 1, dtype=torch.float64) if shards else torch.tensor(copies) == ranks
-        marks = [float(sum(g is not None for g in side)) for side in (winner, loser)] + [parallel]
-        mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers, _constant(marks, numbers)])
-        numbers = numbers / _constant([float(c) for c in copies], numbers)[:, None]
     if loss is not None:
         numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
-    if together:
-        table = mine.new_zeros(ranks, len(mine))
-        table[dist.get_rank(process_group)] = mine
-        numbers, table = _reduce([numbers, table], meshes, process_group)
-        fault = _fault(table, shards, expected)
-        numbers = torch.where(fault > 0, torch.nan, numbers)
-        parallel = table[:, 5].amax()
-    ww, wl, ll = numbers.unbind(1)
-    return Gram(ww, wl, ll, parallel, fault, table)
+    if not together:
+        ww, wl, ll = numbers.unbind(1)
+        return Gram(ww, wl, ll, parallel)
+    meshes = [g.device_mesh for g in present if _is_laid_out(g)]  # type: ignore[attr-defined]
+    ranks = dist.get_world_size(process_group)
+    shards = process_group is not None and not meshes
+    copies = torch.tensor([1 if shards else _copies(w if w is not None else l, ranks) for w, l in zip(winner, loser)])
+    # What must agree between ranks (copies), or must not: shards, each weighed by its place, so that equal shards of two
+    # tensors are no copies. Constants are sent without waiting for the device.
+    weight = torch.arange(1, len(copies) + 1) if shards else copies == ranks
+    marks = torch.tensor([sum(g is not None for g in winner), sum(g is not None for g in loser), parallel], dtype=torch.float64)
+    mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers, marks.to(numbers, non_blocking=True)])
+    table = mine.new_zeros(ranks, len(mine))
+    table[dist.get_rank(process_group)] = mine
+    numbers, table = _reduce([numbers / copies.to(numbers, non_blocking=True)[:, None], table], meshes, process_group)
+    fault = _fault(table, shards, expected)
+    ww, wl, ll = torch.where(fault > 0, torch.nan, numbers).unbind(1)
+    return Gram(ww, wl, ll, table[:, 5].amax(), fault, table)
 
 
 def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -193,6 +190,13 @@ def settled(g: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(g, DTensor) and isinstance(parameter, DTensor) and g.placements != parameter.placements:
         return g.redistribute(placements=parameter.placements)
     return g
+
+
+def elsewhere(parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> bool:
+    """Whether other ranks may hold gradients where this one holds none: with shards, and where nothing is left for it."""
+    if process_group is not None:
+        return True
+    return dist.is_available() and dist.is_initialized() and not any(p.numel() for p in parameters)
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -263,11 +267,6 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     else:
         for rows in zip(*(t.unbind(0) for t in tensors)):
             yield from _chunks(*rows)
-
-
-def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """The values as a tensor next to `like`, without the wait for the device that a copy of pageable memory costs."""
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _is_laid_out(g: Any) -> bool:

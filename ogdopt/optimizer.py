@@ -22,7 +22,21 @@ from torch.optim import Optimizer
 
 from ogdopt import metric as own_metric
 from ogdopt import stored
-from ogdopt.gram import FAULTS, DTensor, Gram, gram, local, mix_, moved, pending, products, same_memory, settled, shared
+from ogdopt.gram import (
+    FAULTS,
+    DTensor,
+    Gram,
+    elsewhere,
+    gram,
+    local,
+    mix_,
+    moved,
+    pending,
+    products,
+    same_memory,
+    settled,
+    shared,
+)
 from ogdopt.metric import Entry
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
@@ -82,10 +96,11 @@ class PairedGradient(Optimizer):
     `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
     gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient.
 
-    Under torch.distributed `step()` is a collective: every rank of the group calls it, DTensor gradients are counted by
-    their placements, plain ones are copies that must agree, and every rank takes the same decision. `process_group` is for
-    gradients that are plain local shards (FSDP1), and for ranks that train models of their own (a group of one). `model`,
-    if given, is looked into when a side closes, for gradients that are not synchronized yet (DDP, FSDP1, FSDP2).
+    Under torch.distributed `step()` and `project()` are collectives: every rank of the group calls them, DTensor gradients
+    are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision; step()
+    raises GradientError on all of them for copies that differ, for shards that are copies, and for a side left empty.
+    `process_group` is for gradients that are plain local shards (FSDP1), and for ranks that train models of their own (a
+    group of one). `model`, if given, is looked into when a side closes, for gradients that are not synchronized yet.
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 
@@ -346,9 +361,8 @@ class PairedGradient(Optimizer):
                 f"the {side}'s pass ended with gradients that are not synchronized: {waits}. Switch synchronization on before "
                 "the last micro-batch of each side; what waits now would be added to the other side's gradient"
             )
-        # A rank whose parameters have no element here (FSDP1), or that another may stand for, learns it with the others.
         parameters = self._parameters()
-        if not taken and self.process_group is None and any(p.numel() for p in parameters):
+        if not taken and not elsewhere(parameters, self.process_group):  # else the ranks find out together, in gram()
             raise GradientError(
                 f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "
                 f"{NO_GRADIENT}"
@@ -513,7 +527,7 @@ class PairedGradient(Optimizer):
             if p.grad is not None:
                 p.grad = settled(p.grad, p)
         entries = [Entry({}, p, p.grad, None) for p in self._parameters()]
-        if all(entry.w is None for entry in entries) and self.process_group is None:
+        if all(entry.w is None for entry in entries) and not elsewhere(self._parameters(), self.process_group):
             empty = torch.zeros(1, dtype=torch.float64)
             report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, self.max_norm)
         else:

@@ -52,7 +52,7 @@ def world(tmp_path_factory):
             if not done.exists():
                 done.write_text(json.dumps(launch(ranks, folder)))
         end = json.loads(done.read_text())
-        assert end["code"] == 0, f"the {ranks} ranks ended with {end['code']}:\n{end['said'][-6000:]}"
+        assert end["code"] == 0, f"the {ranks} ranks ended with {end['code']}:\n{end['said'][-12000:]}"
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
     return lambda ranks, case: [table[case] for table in results(ranks)]
@@ -189,6 +189,7 @@ MISUSE = [
     (2, "S5_crossed", DRIFT.format("give each side its own forward and backward")),
     (2, "S6_ddp", DRIFT.format(r"DDP inside no_sync\(\)")),
     (2, "S6_ddp_project", DRIFT.format(r"DDP inside no_sync\(\)")),
+    (2, "S6_ddp_scaler", DRIFT.format(r"DDP inside no_sync\(\)")),
     (2, "S6_ddp_model", r"the winner's pass ended.*DistributedDataParallel '' is inside no_sync\(\)"),
     (2, "S6_fsdp1_model", r"the winner's pass ended.*FullyShardedDataParallel '' is inside no_sync\(\)"),
     (2, "S23_functional", r"the winner's pass left no gradient.*torch\.autograd\.grad leaves p\.grad alone"),
@@ -227,3 +228,4 @@ def test_a_rank_without_an_element_joins_the_others(world):
     assert [result["held"] > 0 for result in results] == [True, False]
     for result in results:
         assert result["ll"] == pytest.approx(result["alone"], rel=1e-6) and result["ll"] > 0
+        assert result["plain"] == pytest.approx(result["ll"], rel=1e-12)  # an ordinary backward and step() too

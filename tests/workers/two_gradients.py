@@ -359,16 +359,18 @@ def crossed(model):
     return opt.step()
 
 
-def unsynchronized(model, watched, project=False):
-    """DDP or FSDP1 with the winner inside no_sync (S6); through project() the verdict waits for step()."""
+def unsynchronized(model, watched, then="step"):
+    """DDP or FSDP1 with the winner inside no_sync (S6); after project() the verdict waits for the next call."""
     opt = optimizer(model, model=model if watched else None)
     winner, loser = closures("mistral", model, share())
     with opt.loser():
         loser().backward()
     with model.no_sync(), opt.winner():
         winner().backward()
-    if project:
+    if then != "step":
         opt.project()
+    if then == "scaler":  # which finds NaN and leaves step() out
+        return opt.step(winner, loser)
     return opt.step()
 
 
@@ -417,10 +419,12 @@ def elementless(**options):
     """FSDP1 whose rank 1 owns no element of what the optimizer holds: it takes part all the same."""
     model = fsdp1("toy", use_orig_params=True)
     held = [p for n, p in model.named_parameters() if n.endswith("a.weight")]
-    opt = ProjectedGradient(torch.optim.SGD(held, lr=1e-2), **options)
+    opt = ProjectedGradient(torch.optim.SGD(held, lr=0.0), **options)
     winner, loser = closures("toy", model, share())
     report = opt.step(winner, loser)
-    return {"ll": report.gram.ll, "alone": alone("toy", slice(None), "a.weight"), "held": held[0].numel()}
+    found = {"ll": report.gram.ll, "alone": alone("toy", slice(None), "a.weight"), "held": held[0].numel()}
+    loser().backward()
+    return found | {"plain": opt.step().grad_norm ** 2}
 
 
 def barren(**options):
@@ -539,7 +543,8 @@ def pairs():
         "S3_stale": stale,
         "S5_crossed": lambda: crossed(ddp()),
         "S6_ddp": lambda: unsynchronized(ddp(), False),
-        "S6_ddp_project": lambda: unsynchronized(ddp(), False, project=True),
+        "S6_ddp_project": lambda: unsynchronized(ddp(), False, "project"),
+        "S6_ddp_scaler": lambda: unsynchronized(ddp(), False, "scaler"),
         "S6_ddp_model": lambda: unsynchronized(ddp(), True),
         "S6_fsdp1_model": lambda: unsynchronized(fsdp1(use_orig_params=True), True),
         "S23_functional": functional,
