@@ -7,9 +7,7 @@ a norm that those numbers already hold, and handed to the base optimizer as `p.g
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +39,7 @@ from ogdopt.metric import Entry
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 from ogdopt.stored import SetAside, Stored
+from ogdopt.wrapper import Wrapper, check_base
 
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
 Side: TypeAlias = Literal["winner", "loser"]
@@ -78,7 +77,7 @@ class Mixture:
     """What others multiplied `p.grad` by between project() and step()."""
 
 
-class PairedGradient(Optimizer):
+class PairedGradient(Wrapper):
     """Any torch optimizer, stepping on the mixture of two gradients that a rule chooses.
 
     `base` is the optimizer that steps, and `rule` maps Gram numbers to coefficients (`ogdopt.projection`). The mixture is
@@ -122,9 +121,7 @@ class PairedGradient(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        # Optimizer.__init__ is not called: groups, state and defaults are the base's, read through properties, so that
-        # nothing can come apart when a checkpoint or a trainer replaces them.
-        _check_base(base)
+        check_base(base)
         block_sizes(scope, [])
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}; expected a positive number, or None for no clipping")
@@ -161,9 +158,7 @@ class PairedGradient(Optimizer):
         self._set_up()
 
     def _set_up(self) -> None:
-        self._optimizer_step_pre_hooks: OrderedDict = OrderedDict()
-        self._optimizer_step_post_hooks: OrderedDict = OrderedDict()
-        self._patch_step_function()
+        super()._set_up()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
         self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False, "told": False}
         self._forget()
@@ -642,7 +637,7 @@ class PairedGradient(Optimizer):
     def _forget(self) -> None:
         self._box.update(winner=None, loser=None, losses={}, active=None, mixture=None, packed={})
 
-    # ---- a torch optimizer like any other: everything is the base's ------------------------------------------------------
+    # ---- what is its own beside the base's -------------------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
@@ -659,73 +654,12 @@ class PairedGradient(Optimizer):
         """The last step's (or projection's) report."""
         return self._box["report"]
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's parameter groups."""
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's state."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's defaults."""
-        return self.base.defaults
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's state dict, and nothing else."""
-        return self.base.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """Load a checkpoint of this optimizer or of the bare base."""
-        self.base.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters to the base."""
-        self.base.add_param_group(param_group)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; inside a context only that side's, else also those that wait."""
         self.base.zero_grad(set_to_none=set_to_none)
         self._box["packed"].clear()
         if not self._box["active"]:
             self._forget()
-
-    @property
-    def train(self) -> Callable[[], None]:
-        """The base's `train()`, where it has one (schedule-free ones need it before training); trainers ask by hasattr."""
-        return self._mode("train")
-
-    @property
-    def eval(self) -> Callable[[], None]:
-        """The base's `eval()`, where it has one (schedule-free ones need it before evaluating and saving)."""
-        return self._mode("eval")
-
-    def _mode(self, name: str) -> Callable[[], None]:
-        if not hasattr(self.base, name):
-            raise AttributeError(
-                f"{type(self.base).__name__} has no {name}(), so neither has the {type(self).__name__} around it; only "
-                f"optimizers that keep two sets of weights (schedule-free) have modes. Did you mean model.{name}()?"
-            )
-        return getattr(self.base, name)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Forwarded to the base, whose `state_dict` runs."""
-        return self.base.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Forwarded to the base, whose `state_dict` runs."""
-        return self.base.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Forwarded to the base, whose `load_state_dict` runs."""
-        return self.base.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Forwarded to the base, whose `load_state_dict` runs."""
-        return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "rule", "max_norm", "scope", "metric", "set_aside", "on_nonfinite", "measure_change")
@@ -818,21 +752,6 @@ def _guard(box: dict[str, Any]) -> Callable[..., None]:
             )
 
     return refuse
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base is a {type(base).__name__}; expected a torch.optim.Optimizer, e.g. RMSprop(model.parameters())")
-    if isinstance(base, PairedGradient):
-        raise TypeError(f"base is already a {type(base).__name__}; wrap the innermost optimizer once")
-    if isinstance(base, torch.optim.SparseAdam):
-        raise TypeError("SparseAdam needs sparse gradients, whose inner products are not defined here; use Adam")
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{type(base).__name__}.step needs a closure, which it would call again and so step on the unprojected gradient; "
-            "choose an optimizer whose step() works without one"
-        )
 
 
 def _generators(device: torch.device) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
