@@ -44,6 +44,15 @@ from ogdopt import GradientError, ProjectedGradient
 STEPS = 10
 MAX_NORM = {"mistral": 2.0, "toy": 1.6, "block": 1.16}  # under some of the ten norms and over others
 LEARNING_RATE = {"mistral": 1e-4, "toy": 1e-3, "block": 1e-3}
+OPTIONS = {
+    "metric": {"metric": "optimizer", "measure_change": True},
+    "adam": {"base": torch.optim.Adam, "metric": "optimizer", "scope": "tensor", "measure_change": True},
+    "bfloat16": {"set_aside": torch.bfloat16},
+    "int8": {"set_aside": "int8"},
+    "cpu": {"set_aside": "cpu"},
+    "recompute": {"set_aside": "recompute"},
+}
+"""Ways of stepping that are tried in several layouts."""
 
 
 # ---- models and data: the same in one process and in many ----------------------------------------------------------------
@@ -132,12 +141,11 @@ def vector(model):
     return torch.cat([p.detach().flatten() for p in full])
 
 
-def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, **options):
+def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, base=torch.optim.RMSprop, **options):
     """The numbers of every step and the parameters at the end, of ten RMSprop steps that sometimes clip."""
     model = build(kind) if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    base = torch.optim.RMSprop(parameters, lr=LEARNING_RATE[kind], foreach=False)
-    opt = ProjectedGradient(base, max_norm=MAX_NORM[kind], **options)
+    opt = ProjectedGradient(base(parameters, lr=LEARNING_RATE[kind], foreach=False), max_norm=MAX_NORM[kind], **options)
     numbers = []
     for k, pair in enumerate(data(kind, steps)):
 
@@ -153,7 +161,8 @@ def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, 
 
         r = opt.step(lambda: side(0), lambda: side(1))
         scalars = [] if r.skipped else [*r.gram, r.grad_norm]
-        numbers.append({"skipped": r.skipped, "clipped": r.clipped, "scalars": scalars})
+        cosines = r.change_cosines or ()
+        numbers.append({"skipped": r.skipped, "clipped": r.clipped, "scalars": scalars, "cosines": list(cosines)})
     whole = vector(model)
     return {
         "numbers": numbers,
@@ -213,6 +222,10 @@ def tensor_parallel_block(mesh=None):
 
 def world():
     return {"process_group": dist.group.WORLD}
+
+
+def way(layout, option, **more):
+    return train("mistral", layout(), share(), **OPTIONS[option], **more)
 
 
 # ---- what the cases look at ----------------------------------------------------------------------------------------------
@@ -511,6 +524,17 @@ def pairs():
         "tp_mixed": lambda: train("mistral", tensor_parallel_mistral(), whole),
         "tp_sequence": lambda: train("block", tensor_parallel_block(), whole),
     }
+    shapes = {
+        "fsdp2": (lambda: sharded("mistral"), {}),
+        "ddp": (ddp, {}),
+        "fsdp1": (lambda: fsdp1(use_orig_params=True), world()),
+    }
+    ways = {
+        f"{name}_{option}": partial(way, layout, option, **more)
+        for name, (layout, more) in shapes.items()
+        for option in OPTIONS
+        if option != "recompute" or name == "fsdp2"
+    }
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     numbers = {
@@ -557,6 +581,7 @@ def pairs():
         "separate_models": separate,
         "mesh_slice": lambda: slice_of_a_mesh((2, 1)),
         "stepped_inside": stepped_inside,
+        "ddp_recompute": lambda: way(ddp, "recompute"),
     }
     others = {
         "separate_models_alone": lambda: separate(process_group=single),
@@ -565,7 +590,7 @@ def pairs():
         "spoiled_here_ddp": lambda: spoiled_here("toy", ddp("toy", **unused), share(), lambda m: m.module.b.bias, torch.nan),
         "spoiled_here_tp": lambda: spoiled_here("block", tensor_parallel_block(), whole, lambda m: m.down.bias, torch.nan),
     }
-    return layouts | numbers | counts | spoils | others, misuse
+    return layouts | ways | numbers | counts | spoils | others, misuse
 
 
 def quads():
@@ -582,6 +607,7 @@ def quads():
         "hsdp_accumulate": lambda: train("mistral", sharded("mistral", mesh), share(), micro=2),
         "hsdp_uneven": lambda: train("toy", sharded("toy", mesh), share()),
         "fsdp_tp": lambda: train("block", both(), halves),
+        **{f"hsdp_{option}": partial(way, lambda: sharded("mistral", mesh), option) for option in OPTIONS},
         "gathered_hsdp": lambda: against_gathered("mistral", sharded("mistral", mesh), share()),
         "count_hsdp": lambda: count("mistral", sharded("mistral", mesh), share()),
         "count_fsdp_tp": lambda: count("block", both(), halves),
