@@ -5,7 +5,8 @@
 Every mode runs in a process of its own on one thread, so that its peak is its own. The unit of memory is the size of one
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
 optimizer state apart. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses, which runs
-right before it in the same process. The angle is the cosine of the handed-on gradient with the loser's true one, in float64.
+right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer": of the change that
+it makes) with the loser's true gradient, in float64.
 Results go to benchmarks/results/set_aside_SIZE.json.
 """
 
@@ -22,9 +23,12 @@ import time
 from pathlib import Path
 
 SIZES = {
-    "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16000, "tokens": 64},
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 32000, "tokens": 32},
+    "20M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 4000},
+    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "vocab_size": 8000},
 }
+"""Mistral shapes whose largest tensor is a tenth of the model or less."""
+FEW, MANY = (1, 32), (2, 128)
+"""Sequences and tokens a side: few for memory, so that activations do not hide it; many for time."""
 MODES = {
     "plain": "winner alone, plain RMSprop",
     "sum": "both losses added, plain RMSprop",
@@ -34,7 +38,7 @@ MODES = {
     "cpu": 'set_aside="cpu"',
     "recompute": 'set_aside="recompute"',
     "metric": 'metric="optimizer"',
-    "tensor": 'scope="tensor"',
+    "inside": 'scope="tensor", set_aside="recompute"',
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,18 +52,20 @@ def child(mode: str, size: str, rounds: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape = dict(SIZES[size])
-    tokens = shape.pop("tokens")
-    config = MistralConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **shape)
+    config = MistralConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **SIZES[size])
     model = MistralForCausalLM(config)
-    prompt = torch.randint(config.vocab_size, (1, tokens // 4))
-    ids = [torch.cat([prompt, torch.randint(config.vocab_size, (1, 3 * tokens // 4))], 1) for _ in range(2)]
-    # Pairs that share their prompt's tokens have gradients that point the same way, as in preference data.
-    winner, loser = (lambda x=x: model(input_ids=x, labels=x).loss for x in ids)
-    base = torch.optim.RMSprop(model.parameters(), lr=1e-7, foreach=False)
-    aside = {"bfloat16": torch.bfloat16, "int8": "int8", "cpu": "cpu", "recompute": "recompute"}.get(mode)
-    options = {"metric": "optimizer"} if mode == "metric" else {"scope": "tensor"} if mode == "tensor" else {}
-    opt = ProjectedGradient(base, max_norm=1.0, set_aside=aside, **options)
+
+    def losses(sequences: int, tokens: int) -> list:
+        # Pairs that share their prompt's tokens have gradients that point the same way, as in preference data.
+        prompt = torch.randint(config.vocab_size, (sequences, tokens // 4))
+        ids = [torch.cat([prompt, torch.randint(config.vocab_size, (sequences, 3 * tokens // 4))], 1) for _ in range(2)]
+        return [lambda x=x: model(input_ids=x, labels=x).loss for x in ids]
+
+    winner, loser = losses(*FEW)
+    base = torch.optim.RMSprop(model.parameters(), lr=1e-6, foreach=False)
+    aside = {"bfloat16": torch.bfloat16, "plain": None, "sum": None, "none": None, "metric": None, "inside": "recompute"}
+    options = {"metric": "optimizer"} if mode == "metric" else {"scope": "tensor"} if mode == "inside" else {}
+    opt = ProjectedGradient(base, max_norm=1.0, set_aside=aside.get(mode, mode), **options)
     B = sum(p.nbytes for p in model.parameters())
 
     def plain(both: bool) -> None:
@@ -79,7 +85,10 @@ def child(mode: str, size: str, rounds: int) -> dict[str, float]:
     for _ in range(2):
         step()
     peak = (resident(peak=True) - before) / B
-    ratios, passes = [], 0
+    ratios, passes = [], []
+    winner, loser = losses(*MANY)
+    plain(True)
+    step()
     for _ in range(rounds):
         plain(True)
         start = time.process_time()
@@ -87,23 +96,26 @@ def child(mode: str, size: str, rounds: int) -> dict[str, float]:
         middle = time.process_time()
         step()
         ratios.append((time.process_time() - middle) / (middle - start))
-        passes = opt.report.passes if opt.report else 0
+        passes.append(opt.report.passes if opt.report else 0)
     result = {"parameters": B // 4, "peak": peak, "ratio": statistics.median(ratios), "spread": max(ratios) - min(ratios)}
     if mode not in ("plain", "sum"):
-        result |= {"passes": passes} | angle(model, opt, winner, loser)
+        result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes=mode == "metric")
     return result
 
 
-def angle(model, opt, winner, loser) -> dict[str, float]:
-    """Cosine of what the base gets with the true g_l, and of the two gradients, in float64."""
+def angle(model, opt, winner, loser, changes: bool) -> dict[str, float]:
+    """Cosine of what the base gets (or of the change that it makes) with the true g_l, and of the two gradients, in float64."""
     import torch
 
     params = list(model.parameters())
     grads = [torch.autograd.grad(loss(), params) for loss in (winner, loser)]
     seen = []
     hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
+    before = [p.detach().clone() for p in params]
     opt.step(winner, loser)
     hook.remove()
+    if changes:
+        seen = [q - p.detach() for p, q in zip(params, before)]
 
     def dot(a, b) -> float:
         return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b)))
@@ -134,7 +146,7 @@ def main() -> None:
     # One arena that gives memory back, so that the peak is what is in use and not what malloc keeps.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     results = {}
-    print("| mode | peak, in gradients | CPU time | cos(u, g_l) left |\n| :-- | --: | --: | --: |")
+    print("| mode | peak, in gradients | CPU time | passes | cos(u, g_l) left |\n| :-- | --: | --: | --: | --: |")
     for mode, label in MODES.items():
         words = [sys.executable, __file__, "--mode", mode, "--size", arguments.size, "--rounds", str(arguments.rounds)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -142,7 +154,7 @@ def main() -> None:
             raise SystemExit(f"{mode} failed:\n{done.stderr[-2000:]}")
         results[mode] = found = json.loads(done.stdout.splitlines()[-1])
         left = f"{found['left']:.1e}" if "left" in found else "–"
-        print(f"| {label} | {found['peak']:.2f} | {found['ratio']:.2f}x | {left} |", flush=True)
+        print(f"| {label} | {found['peak']:.2f} | {found['ratio']:.2f}x | {found.get('passes') or '–'} | {left} |", flush=True)
     import torch
     import transformers
 

@@ -46,14 +46,14 @@ class Stored:
 
     def _quantize(self, start: int, piece: Tensor) -> None:
         assert self.scales is not None
-        padded = torch.zeros(-(-piece.numel() // BLOCK) * BLOCK, dtype=torch.float32, device=self.device)
-        padded[: piece.numel()] = piece
-        rows = padded.view(-1, BLOCK)
+        if piece.numel() % BLOCK:
+            piece = torch.nn.functional.pad(piece, (0, -piece.numel() % BLOCK))
+        rows = piece.view(-1, BLOCK).float()
         scale = rows.abs().amax(1) / 127  # infinite or NaN where a value is, and then so is what is read back
         first = start // BLOCK
         self.scales[first : first + len(rows)] = scale
-        rows /= torch.where(scale > 0, scale, 1.0)[:, None]
-        self.values[start : start + padded.numel()] = rows.round_().nan_to_num_().view(-1).to(torch.int8)
+        whole = (rows * torch.where(scale > 0, 1 / scale, 0.0)[:, None]).round_()
+        self.values[start : start + piece.numel()].view(-1, BLOCK).copy_(whole)
 
     @property
     def is_cuda(self) -> bool:
@@ -78,7 +78,7 @@ class Stored:
             else:
                 scales = self.scales[start // BLOCK : -(-stop // BLOCK), None]
                 rows = self.values[start : start + scales.numel() * BLOCK].view(-1, BLOCK)
-                yield (rows * scales).view(-1)[: stop - start]
+                yield rows.float().mul_(scales).view(-1)[: stop - start]
 
     def restored(self) -> Tensor:
         """The local part as a plain tensor of its own type and shape."""
