@@ -56,9 +56,9 @@ def child(mode: str, size: str, rounds: int) -> dict[str, float]:
     model = MistralForCausalLM(config)
 
     def losses(sequences: int, tokens: int) -> list:
-        # Pairs that share their prompt's tokens have gradients that point the same way, as in preference data.
-        prompt = torch.randint(config.vocab_size, (sequences, tokens // 4))
-        ids = [torch.cat([prompt, torch.randint(config.vocab_size, (sequences, 3 * tokens // 4))], 1) for _ in range(2)]
+        # Pairs that share tokens have gradients that point the same way, as in preference data.
+        shared = torch.randint(config.vocab_size, (sequences, 3 * tokens // 4))
+        ids = [torch.cat([shared, torch.randint(config.vocab_size, (sequences, tokens // 4))], 1) for _ in range(2)]
         return [lambda x=x: model(input_ids=x, labels=x).loss for x in ids]
 
     winner, loser = losses(*FEW)

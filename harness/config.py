@@ -1,6 +1,6 @@
 """Configuration of a study: frozen dataclasses, read from YAML and dotted overrides by jsonargparse.
 
-Dataclass defaults are the paper's recipe (Mistral-7B, SPEC of paper 000, appendix A.2); the recipes in
+Dataclass defaults are the paper's recipe (Mistral-7B, appendix A.2 of the OGD paper); the recipes in
 `harness/recipes/` say what differs. Paths may hold `{data}`, which stands for the study's own data folder, and
 `{data_dir}`, for yours.
 """

@@ -10,7 +10,7 @@ from ogdopt.gram import Gram
 
 
 def entanglement(gram: Gram, weight_ratio: float = 1.0) -> dict[str, float]:
-    """Gradient entanglement of a margin loss (Condition 1 and 2, Table 1 of "gradient entanglement", SPEC 4.3).
+    """Gradient entanglement of a margin loss (Condition 1 and 2, Table 1 of "gradient entanglement").
 
     A margin loss moves by `d_w G_w - d_l G_l`; `weight_ratio` is d_w/d_l, 1 for DPO. To first order the chosen
     log-probability rises iff `<G_w, G_l> <= (d_w/d_l) |G_w|^2`, and the rejected one falls iff

@@ -30,7 +30,7 @@ else:  # a torch built without torch.distributed has no DTensor to recognise
 CPU_CHUNK = 1 << 16  # two float64 scratch buffers of 512 KiB, and the metric's ten float32 ones, stay in the cache
 GPU_CHUNK = 1 << 24  # fewer kernel launches; 128 MiB a buffer
 
-# 1 - cos^2 under which two gradients are the same direction up to the rounding of their type (SPEC 1.2).
+# 1 - cos^2 under which two gradients are the same direction up to the rounding of their type.
 PARALLEL = {torch.float64: 1e-12, torch.float32: 1e-12, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
@@ -82,7 +82,7 @@ class Gram(NamedTuple):
         return Gram(ww, wl, ll, *self[3:])
 
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
-        """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone (SPEC 1.12)."""
+        """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone."""
         # a * a and b * b alone may leave the range of float64 where the two gradients differ in scale by 1e154.
         return (a * (a * self.ww + 2 * b * self.wl) + b * (b * self.ll)).sum().clamp(min=0).sqrt()
 

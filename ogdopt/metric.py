@@ -2,7 +2,7 @@
 
 RMSprop and its relatives change a parameter by -P x, with x the gradient they get and P = lr/(sqrt(v) + eps) element by
 element; P is positive, but <P u, g_l> is not <u, g_l>, so that an update that is orthogonal to g_l before it need not be
-after it. Two repairs, both for the optimizer as it is (SPEC 1.10, extension i):
+after it. Two repairs, both for the optimizer as it is:
 
 - `coefficients` finds the c >= 0 with <P(u) u, g_l> = 0 for u = g_w - c g_l, where P(u) holds the second moment of this very
   step. Since P(u) u has the signs of u, any root keeps both theorems: <P u, g_w> = <P u, u> + c <P u, g_l> >= 0.
@@ -54,11 +54,14 @@ class Form(NamedTuple):
     """Share of this step's gradient in the numerator."""
 
 
+def _decayed(average: Tensor | None, beta: float, x: Tensor) -> Tensor:
+    """beta average + (1 - beta) x^2"""
+    return (1 - beta) * x * x if average is None else torch.addcmul(beta * average, x, x, value=1 - beta)
+
+
 def _rmsprop_second(group: dict[str, Any], s: dict[str, Tensor], x: Tensor) -> Tensor:
     alpha = group["alpha"]
-    v = (1 - alpha) * x * x
-    if "square_avg" in s:
-        v = v + alpha * s["square_avg"]
+    v = _decayed(s.get("square_avg"), alpha, x)
     if not group["centered"]:
         return v
     m = (1 - alpha) * x
@@ -70,10 +73,7 @@ def _rmsprop_kept(group: dict[str, Any], s: dict[str, Tensor]) -> Tensor:
 
 
 def _adam_second(group: dict[str, Any], s: dict[str, Tensor], x: Tensor) -> Tensor:
-    beta2 = float(group["betas"][1])
-    v = (1 - beta2) * x * x
-    if "exp_avg_sq" in s:
-        v = v + beta2 * s["exp_avg_sq"]
+    v = _decayed(s.get("exp_avg_sq"), float(group["betas"][1]), x)
     return torch.maximum(v, s["max_exp_avg_sq"]) if "max_exp_avg_sq" in s else v
 
 
@@ -183,12 +183,12 @@ def coefficients(
         entries = [entry._replace(group=entry.group | {"lr": 1.0}) for entry in entries]
 
     def measure(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = scale(c)
+        s, first = scale(c), not bool(c.any())
         sums = torch.zeros(len(sizes), 4, dtype=torch.float64)
         for entry, k, copies in zip(entries, per_tensor, ranks.copies):
             if entry.l is not None:
-                sums[k] += _tangent(form, base, entry, s, s * c[k].item()) / copies
-        h, top, bottom, rr = ranks.total(sums).unbind(1)
+                sums[k] += _tangent(form, base, entry, s, s * c[k].item(), first) / copies
+        h, rr, top, bottom = ranks.total(sums).unbind(1)
         return h, torch.where(bottom > 0, top / bottom, 0.0), rr.sqrt() * ll.sqrt()
 
     return _root(measure, blocks.same_direction.cpu(), max(_tolerance(e.p) for e in entries))
@@ -226,8 +226,8 @@ def _root(measure: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], fixed: Ten
     return Root(torch.where(h.isfinite(), c, torch.nan), bool(exact.all()), passes)
 
 
-def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float) -> Tensor:
-    """(<r, g_l>, a <P g_w, g_l>, a <P g_l, g_l>, <r, r>) for r = P x, x = a g_w - b g_l as the base will get it."""
+def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float, first: bool) -> Tensor:
+    """(<r, g_l>, <r, r>, a <P g_w, g_l>, a <P g_l, g_l>) for r = P x, x = a g_w - b g_l; the latter two only if `first`."""
     group, p, w, l = entry
     s = base.state.get(p, {})
     keys = [key for key in form.keys if isinstance(s.get(key), Tensor)]
@@ -236,13 +236,15 @@ def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float) -> T
     total = torch.zeros(4, dtype=torch.float64)
     winner = torch.zeros_like(local(p)) if w is None else local(w)
     for w_, l_, p_, *rest in _chunks(winner, local(l), local(p), *(local(s[key]) for key in keys)):
-        exact = w_.double() * a
-        exact -= l_.to(exact) * b
-        x, l_ = exact.to(p_.dtype), l_.to(p_)
+        l_ = l_.to(torch.promote_types(p_.dtype, torch.float32))
+        x = torch.sub(w_, l_, alpha=b / a).mul_(a).to(p_.dtype)
         P = form.gain(group, step, form.second(group, dict(zip(keys, rest)), x + decay * p_ if decay else x))
         r = P * x
-        weighted = P * l_
-        total += torch.stack([_sum(r * l_), a * _sum(weighted * w_), a * _sum(weighted * l_), _sum(r * r)]).cpu()
+        sums = [_sum(r * l_), _sum(r * r)]
+        if first:
+            weighted = P * l_
+            sums += [a * _sum(weighted * w_), a * _sum(weighted * l_)]
+        total[: len(sums)] += torch.stack(sums).cpu()
     return total
 
 
@@ -287,7 +289,7 @@ def correct(
 
 
 def _multipliers(products: Tensor, a: Tensor, b: Tensor, own: float) -> tuple[Tensor, Tensor]:
-    """(p, q) of the nearest r + p P g_w - q P g_l that keeps both constraints (SPEC 1.10), for use with u and g_l.
+    """(p, q) of the nearest r + p P g_w - q P g_l that keeps both constraints, for use with u and g_l.
 
     `products`, (K, 5), are <u, u>, <u, g_l>, <g_l, g_l> in the metric P, <r, u> and <r, g_l>.
     """

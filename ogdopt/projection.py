@@ -68,7 +68,7 @@ def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
 
 
 def interval(t: float) -> Rule:
-    """The rule at place `t` of all directions that raise winners and lower losers (SPEC 4.8), 0 <= t <= 1.
+    """The rule at place `t` of all directions that raise winners and lower losers, 0 <= t <= 1.
 
     With wl > 0, `r g_w - g_l` does both exactly for r in [wl/ww, ll/wl]; `t` runs through it geometrically. t = 1 is OGD
     (the loser stays, the winner rises most), t = 1/2 has the direction of `normalized`, t = 0 leaves the winner where it is
