@@ -295,12 +295,13 @@ def test_a_non_finite_gradient_is_skipped_before_anything_is_solved():
     assert opt.step().skipped and all(torch.equal(p, q) for p, q in zip(ps, before))
 
 
-@pytest.mark.parametrize("name", ["RMSprop", "AdamW"])
-def test_bfloat16_parameters_keep_them_to_theirs(name):
-    """The parameters' own rounding is as large as the step here; what it leaves of the promise is the rounding's size."""
+@pytest.mark.parametrize("name", ["RMSprop", "Adam"])
+def test_bfloat16_parameters_keep_them_to_their_rounding(name):
+    """One step from zero, where the rounding of the parameter is the relative one of the change."""
     kind, options = BASES[name]
     ps, gradients = problem(3, shapes=((40, 30), (50,)), dtype=torch.bfloat16)
+    for p in ps:
+        p.data.zero_()
     opt = ProjectedGradient(kind(ps, **options), metric="optimizer")
-    for _ in range(4):
-        report, winner, loser = take_step(opt, ps, gradients)
-        assert not report.skipped and winner < 0 and loser >= -0.1
+    report, winner, loser = take_step(opt, ps, gradients)
+    assert not report.skipped and winner < 0 and loser >= -5e-3
