@@ -130,6 +130,11 @@ class PairedGradient(Wrapper):
         if metric not in ("euclidean", "optimizer"):
             raise ValueError(f"metric is {metric!r}; expected 'euclidean' or 'optimizer'")
         stored.check(set_aside)
+        if measure_change and set_aside == "recompute":
+            raise ValueError(
+                "measure_change=True needs the loser's gradient after the step, and set_aside='recompute' does not keep it; "
+                "use 'int8' or torch.bfloat16"
+            )
         if metric == "optimizer":
             own_metric.check(base)
             if rule is not orthogonal:
@@ -206,7 +211,9 @@ class PairedGradient(Wrapper):
         return self._collect("loser")
 
     def project(self, grad_scale: float = 1.0) -> StepReport:
-        """Mix what the contexts collected into `p.grad`, neither clipped nor stepped; does not wait for the device.
+        """Mix what the contexts collected into `p.grad`, neither clipped nor stepped.
+
+        It does not wait for the device, except with `metric="optimizer"`, whose root decides how many passes it takes.
 
         A parameter with a gradient on one side only counts as zero on the other. `grad_scale` is the factor that a scaler
         put on both losses and takes off before the step (`scaler.get_scale()`); only `metric="optimizer"` needs to know it.

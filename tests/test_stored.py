@@ -251,6 +251,11 @@ def test_losses_on_one_parameter_each(form):
     assert shared.tolist() == [0, 0] and only_w.tolist() == [0, 0] and only_l.tolist() == [2, 2]  # c = 4/4
 
 
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="measure_change=True needs the loser's gradient after the step"):
+        ProjectedGradient(SGD([nn.Parameter(torch.zeros(2))]), set_aside="recompute", measure_change=True)
+
+
 def test_an_unknown_form():
     with pytest.raises(ValueError, match=r"set_aside is 'int4'; expected None \(by reference\), torch.bfloat16, 'int8'"):
         ProjectedGradient(SGD([nn.Parameter(torch.zeros(2))]), set_aside="int4")
