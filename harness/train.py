@@ -178,7 +178,12 @@ class Trainer:
         try:
             base = getattr(torch.optim, config.optimizer)(self.model.parameters(), lr=config.learning_rate, **options)
             return PairedGradient(
-                base, method.rule, max_norm=config.max_grad_norm, metric=method.metric, measure_change=method.two_gradients
+                base,
+                method.rule,
+                max_norm=config.max_grad_norm,
+                metric=method.metric,
+                measure_change=method.two_gradients,
+                model=self.model,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(

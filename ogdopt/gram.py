@@ -207,10 +207,14 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
     return address != 0 and address == local(other).data_ptr()
 
 
-def pending(model: nn.Module) -> str | None:
-    """What keeps gradients of a model's last backward from being complete in p.grad, in words; None if nothing does."""
-    for name, module in model.named_modules():
-        name = f"{type(module).__name__} {name!r}"
+def pending(parameters: Sequence[Tensor], model: nn.Module | None) -> str | None:
+    """What keeps gradients of the last backward from being complete in p.grad, in words; None if nothing is seen.
+
+    Without a model only what FSDP2 holds for these parameters is looked at.
+    """
+    ours = set(parameters)
+    for name, module in _sharded_modules() if model is None else model.named_modules():
+        name = type(module).__name__ + (f" {name!r}" if name else "")
         # DDP and FSDP1 say themselves that they are inside no_sync().
         if not getattr(module, "require_backward_grad_sync", True) or not getattr(module, "_sync_gradients", True):
             return f"{name} is inside no_sync()"
@@ -218,13 +222,25 @@ def pending(model: nn.Module) -> str | None:
         state = getattr(module, "_get_fsdp_state", lambda: None)()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
+            shards = getattr(group, "fsdp_params", ())
+            if model is None and not any(getattr(p, "sharded_param", None) in ours for p in shards):
+                continue
             if getattr(group, "_partial_reduce_output", None) is not None:
                 return f"{name} holds gradients that wait for their all-reduce (set_requires_all_reduce(False))"
-            for p in getattr(group, "fsdp_params", ()):
+            for p in shards:
                 whole = getattr(p, "_unsharded_param", None)
                 if getattr(p, "unsharded_accumulated_grad", None) is not None or getattr(whole, "grad", None) is not None:
                     return f"{name} holds gradients that wait for their reduction (set_requires_gradient_sync(False))"
     return None
+
+
+def _sharded_modules() -> list[tuple[str, nn.Module]]:
+    """Every module that FSDP2 has sharded in this process; none where torch keeps no such list."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:
+        return []
+    return [("", module) for module in list(_module_state_mapping)]
 
 
 def products(w: Tensor | None, l: Tensor | None) -> Tensor:

@@ -99,7 +99,8 @@ class PairedGradient(Wrapper):
     are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision; step()
     raises GradientError on all of them for copies that differ, for shards that are copies, and for a side left empty.
     `process_group` is for gradients that are plain local shards (FSDP1), and for ranks that train models of their own (a
-    group of one). `model`, if given, is looked into when a side closes, for gradients that are not synchronized yet.
+    group of one). `model`, if given, is looked into when a side closes, for DDP's and FSDP1's no_sync() (FSDP2 is asked
+    without it), and names parameters in warnings.
 
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
 
@@ -357,13 +358,13 @@ class PairedGradient(Wrapper):
                 # Under DDP a plain gradient may be a view of the bucket that the next backward overwrites.
                 taken[p] = g.clone() if shared and not isinstance(g, DTensor) else g
                 p.grad = None
-        waits = pending(self.model) if self.model is not None else None
+        parameters = self._parameters()
+        waits = pending(parameters, self.model)
         if waits:
             raise GradientError(
                 f"the {side}'s pass ended with gradients that are not synchronized: {waits}. Switch synchronization on before "
                 "the last micro-batch of each side; what waits now would be added to the other side's gradient"
             )
-        parameters = self._parameters()
         if not taken and not elsewhere(parameters, self.process_group):  # else the ranks find out together, in gram()
             raise GradientError(
                 f"the {side}'s pass left no gradient on any of the {len(parameters)} parameters of this optimizer. "

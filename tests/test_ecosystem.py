@@ -293,6 +293,18 @@ def test_compiled_model(order):
     torch.testing.assert_close(vector(model), vector(other), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [torch.bfloat16, "int8", "recompute"])
+def test_compiled_model_sets_gradients_aside(form):
+    torch.compiler.reset()
+    model, opt, loss = toy(set_aside=form)
+    other, plain, plain_loss = toy(set_aside=form)
+    compiled = torch.compile(model, backend="aot_eager")
+    for k in range(3):
+        opt.step(*(lambda k=k, side=side: loss(k, side, compiled) for side in (0, 1)))
+        plain.step(*(lambda k=k, side=side: plain_loss(k, side) for side in (0, 1)))
+    torch.testing.assert_close(vector(model), vector(other), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("clone", [False, True])
 def test_gradients_that_a_replayed_graph_writes_to_one_place_are_refused(clone):
     """A CUDA graph's backward fills the same memory at every replay: two equal gradients would project to nothing."""

@@ -7,8 +7,10 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD, RMSprop
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ogdopt import GradientError, PairedGradient, ProjectedGradient
 from ogdopt.gram import pending, same_memory
@@ -159,7 +161,7 @@ def test_a_plain_model_has_nothing_pending_and_changes_no_step():
     for _ in range(3):
         opt.step(winner, loser)
         watched.step(w, x)
-    assert pending(other) is None and torch.equal(vector(model), vector(other))
+    assert pending([], other) is None and torch.equal(vector(model), vector(other))
 
 
 def test_no_sync_is_seen_until_it_ends():
@@ -180,3 +182,17 @@ def test_copies_carry_the_model():
     opt = ProjectedGradient(opt.base, model=model)
     twin_model, twin = copy.deepcopy((model, opt))
     assert twin.model is twin_model
+
+
+# ---- shards of bases that are not elementwise (PITFALLS S20) -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "warned"), [(torch.optim.AdamW, False), (torch.optim.Adafactor, True)])
+def test_shards_of_a_base_that_is_not_elementwise_are_warned_of(base, warned, recwarn):
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        ProjectedGradient(base([nn.Parameter(torch.zeros(4))]), process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    told = [str(w.message) for w in recwarn if "element by element" in str(w.message)]
+    assert len(told) == warned and all("Adafactor is not known" in text for text in told)

@@ -563,6 +563,7 @@ def pairs():
     misuse = {
         "S1_whole_side": lambda: deferred(sharded("toy"), False, True),
         "S1_whole_side_model": lambda: deferred(sharded("toy"), True, True),
+        "S1_last_micro_batch": lambda: deferred(sharded("toy"), False, False),
         "S1_last_micro_batch_model": lambda: deferred(sharded("toy"), True, False),
         "S3_stale": stale,
         "S5_crossed": lambda: crossed(ddp()),
