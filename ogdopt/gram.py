@@ -158,13 +158,15 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
 def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tensor:
     """(<delta, u>, <delta, l>, <delta, delta>) for the change from `before` (a local part) to the parameter as it is now.
 
-    Float64, on the CPU.
+    Float64, on the parameter's device.
     """
-    total = torch.zeros(3, dtype=torch.float64)
+    here = local(p)
+    total = torch.zeros(3, dtype=torch.float64, device=here.device)
     for k, g in enumerate((u, l, None)):
-        for new, old, *rest in _chunks(local(p), before, *([] if g is None else [local(g)])):
+        for new, old, *rest in _chunks(here, before, *([] if g is None else [local(g)])):
             delta = new.double() - old
-            total[k] += (delta * (rest[0].to(delta) if rest else delta if k == 2 else 0.0)).sum().cpu()
+            if rest or k == 2:
+                total[k] += (delta * (rest[0].to(delta) if rest else delta)).sum()
     return total
 
 
@@ -259,6 +261,11 @@ def products(w: Tensor | None, l: Tensor | None) -> Tensor:
     return total
 
 
+def chunk_size(device: torch.device) -> int:
+    """Elements that are worked on at a time."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
 def _scratch(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Float64 copies of aligned chunks, flat, in buffers that are used again."""
     buffers: list[Tensor] = []
@@ -271,7 +278,7 @@ def _scratch(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Aligned pieces of equally shaped tensors, as views of at most a chunk; no copy, whatever the strides."""
     first = tensors[0]
-    size = GPU_CHUNK if first.is_cuda else CPU_CHUNK
+    size = chunk_size(first.device)
     if first.numel() == 0:
         return
     if all(not isinstance(t, Tensor) or t.is_contiguous() for t in tensors):

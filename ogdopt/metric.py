@@ -184,11 +184,11 @@ def coefficients(
 
     def measure(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s, first = scale(c), not bool(c.any())
-        sums = torch.zeros(len(sizes), 4, dtype=torch.float64)
-        for entry, k, copies in zip(entries, per_tensor, ranks.copies):
+        rows = {}
+        for i, (entry, k) in enumerate(zip(entries, per_tensor)):
             if entry.l is not None:
-                sums[k] += _tangent(form, base, entry, s, s * c[k].item(), first) / copies
-        h, rr, top, bottom = ranks.total(sums).unbind(1)
+                rows[i] = _tangent(form, base, entry, s, s * c[k].item(), first) / ranks.copies[i]
+        h, rr, top, bottom = _pooled(rows, per_tensor, (len(sizes), 4), ranks)
         return h, torch.where(bottom > 0, top / bottom, 0.0), rr.sqrt() * ll.sqrt()
 
     return _root(measure, blocks.same_direction.cpu(), max(_tolerance(e.p) for e in entries))
@@ -233,7 +233,7 @@ def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float, firs
     keys = [key for key in form.keys if isinstance(s.get(key), Tensor)]
     step = float(s.get("step", 0)) + 1
     decay = 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64, device=local(p).device)
     winner = torch.zeros_like(local(p)) if w is None else local(w)
     for w_, l_, p_, *rest in _chunks(winner, local(l), local(p), *(local(s[key]) for key in keys)):
         l_ = l_.to(torch.promote_types(p_.dtype, torch.float32))
@@ -244,7 +244,7 @@ def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float, firs
         if first:
             weighted = P * l_
             sums += [a * _sum(weighted * w_), a * _sum(weighted * l_)]
-        total[: len(sums)] += torch.stack(sums).cpu()
+        total[: len(sums)] += torch.stack(sums)
     return total
 
 
@@ -273,15 +273,17 @@ def correct(
     """
     form = FORMS[type(base)]
     per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
-    sums = torch.zeros(len(sizes), 5, dtype=torch.float64)
+    rows = {}
     own = min(form.own(group) for group in base.param_groups)
     ab = [None if driven is None or a_ == 0 else (driven / a_, b_) for a_, b_ in zip(a.tolist(), b.tolist())]
-    for entry, k, copies in zip(entries, per_tensor, ranks.copies):
+    for i, (entry, k) in enumerate(zip(entries, per_tensor)):
         if entry.w is not None:
+            row = torch.zeros(5, dtype=torch.float64, device=local(entry.p).device)
             for _, u, l, P, r in _changes(form, base, entry, ab[k]):
                 Pu, Pl = P * u, P * l
-                sums[k] += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)]).cpu() / copies
-    p, q = _multipliers(ranks.total(sums), a.cpu(), b.cpu(), own)
+                row += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)])
+            rows[i] = row / ranks.copies[i]
+    p, q = _multipliers(torch.stack(_pooled(rows, per_tensor, (len(sizes), 5), ranks), 1), a.cpu(), b.cpu(), own)
     for entry, k in zip(entries, per_tensor):
         if entry.w is not None and (p[k] != 0 or q[k] != 0):
             for theta, u, l, P, _ in _changes(form, base, entry, ab[k]):
@@ -345,6 +347,18 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(y > 0, x / y, 0.0)
+
+
+def _pooled(rows: dict[int, Tensor], per_tensor: list[int], shape: tuple[int, int], ranks: Ranks) -> tuple[Tensor, ...]:
+    """Per-tensor numbers added by block and over ranks: one (K,) tensor a column, on the CPU, by one wait for the device."""
+    if rows:
+        stacked = torch.stack(list(rows.values()))
+        block = torch.tensor([per_tensor[i] for i in rows], device=stacked.device)
+        member = torch.arange(shape[0], device=stacked.device)[:, None] == block
+        sums = member.to(stacked) @ stacked  # in a fixed order, as a scattered sum would not be
+    else:
+        sums = torch.zeros(shape, dtype=torch.float64)  # a rank may hold nothing, and takes part all the same
+    return ranks.total(sums).cpu().unbind(1)
 
 
 def _tolerance(p: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ogdopt.gram import CPU_CHUNK, local
+from ogdopt.gram import chunk_size, local
 
 SetAside: TypeAlias = "torch.dtype | Literal['int8', 'cpu', 'recompute'] | None"
 FORMS = (None, torch.bfloat16, "int8", "cpu", "recompute")
@@ -35,8 +35,9 @@ class Stored:
             blocks = -(-flat.numel() // BLOCK)
             self.values = torch.empty(blocks * BLOCK, dtype=torch.int8, device=self.device)
             self.scales = torch.empty(blocks, dtype=torch.float32, device=self.device)
-            for i, piece in enumerate(flat.split(CPU_CHUNK)):
-                self._quantize(i * CPU_CHUNK, piece)
+            size = chunk_size(self.device)
+            for i, piece in enumerate(flat.split(size)):
+                self._quantize(i * size, piece)
         elif form == "cpu":
             pinned = self.device.type != "cpu"  # else the copy would wait for the device
             self.values = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=pinned).copy_(flat, non_blocking=pinned)
@@ -54,11 +55,6 @@ class Stored:
         self.scales[first : first + len(rows)] = scale
         whole = (rows * torch.where(scale > 0, 1 / scale, 0.0)[:, None]).round_()
         self.values[start : start + piece.numel()].view(-1, BLOCK).copy_(whole)
-
-    @property
-    def is_cuda(self) -> bool:
-        """Where the gradient was."""
-        return self.device.type == "cuda"
 
     def numel(self) -> int:
         """Number of elements."""
@@ -83,7 +79,8 @@ class Stored:
     def restored(self) -> Tensor:
         """The local part as a plain tensor of its own type and shape."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for target, piece in zip(out.view(-1).split(CPU_CHUNK), self.pieces(CPU_CHUNK)):
+        size = chunk_size(self.device)
+        for target, piece in zip(out.view(-1).split(size), self.pieces(size)):
             target.copy_(piece)
         return out
 
