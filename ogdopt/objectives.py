@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Closures = Mapping[str, Callable[[], Tensor]]
+Numbers = Mapping[str, Callable[[], Tensor | float]]
 
 
 class Objective:
@@ -97,7 +98,7 @@ class Objective:
         chosen = state_dict["chosen"]
         self.chosen = tuple(chosen) if isinstance(chosen, list) else chosen  # JSON has no tuples
 
-    def _check(self, closures: Closures) -> None:
+    def _check(self, closures: Numbers) -> None:
         missing, unknown = [n for n in self.active if n not in closures], [n for n in closures if n not in self.weights]
         if missing or unknown:
             raise ValueError(
@@ -137,10 +138,11 @@ class OneAtATime(Objective):
         self.observe(name, loss)
         return loss
 
-    def choose(self, closures: Closures | None = None) -> str:
+    def choose(self, closures: Numbers | None = None) -> str:
         """The objective that this step belongs to; counts the step.
 
-        `closures` matter to `MaxGapObjective` alone. An exception in one of them leaves everything as it was.
+        `closures` matter to `MaxGapObjective` alone, which evaluates them: each returns its loss, a tensor of shape () or a
+        float. An exception in one of them leaves everything as it was.
         """
         if closures is not None:
             self._check(closures)
@@ -156,7 +158,7 @@ class OneAtATime(Objective):
         if name not in self.active:
             raise ValueError(f"a loss of {name!r} was observed; expected one of {self.active}")
 
-    def _next(self, closures: Closures | None) -> str:
+    def _next(self, closures: Numbers | None) -> str:
         raise NotImplementedError
 
 
@@ -178,7 +180,7 @@ class AlternatingObjective(OneAtATime):
             raise ValueError(f"seed is {seed!r}; expected an integer, the same on every rank")
         self.seed = seed
 
-    def _next(self, closures: Closures | None) -> str:
+    def _next(self, closures: Numbers | None) -> str:
         digest = hashlib.blake2b(f"{self.seed} {self.step}".encode(), digest_size=8).digest()
         at = (int.from_bytes(digest, "big") >> 11) / 2**53 * math.fsum(self.weights.values())  # uniform in [0, 1)
         names = self.active
@@ -207,7 +209,7 @@ class SequentialObjective(OneAtATime):
         super().__init__({name: steps / total for name, steps in phases.items()})
         self.phases = dict(phases)
 
-    def _next(self, closures: Closures | None) -> str:
+    def _next(self, closures: Numbers | None) -> str:
         last, end = "", 0
         for name, steps in self.phases.items():
             if steps:
@@ -312,7 +314,7 @@ class MaxGapObjective(OneAtATime):
         super().load_state_dict(state_dict)
         self._losses, self._message = {n: float(x) for n, x in state_dict["losses"].items() if n in self.optima}, None
 
-    def _next(self, closures: Closures | None) -> str:
+    def _next(self, closures: Numbers | None) -> str:
         known = self.losses
         if len(known) < len(self.optima) or (self.evaluate_every and self.step % self.evaluate_every == 0):
             if closures is None:
