@@ -32,7 +32,7 @@ def paths(losses):
 
 @pytest.fixture(scope="module")
 def table():
-    return gaps(half_steps=(50, 500, 3000), seeds=2)
+    return gaps(half_steps=(50, 500, 3000), budget=20_000)
 
 
 @given(st.integers(0, 1000), st.integers(1, 4))
