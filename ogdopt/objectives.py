@@ -233,7 +233,8 @@ class MaxGapObjective(OneAtATime):
     Paper "joint SFT and DPO", equations (16)-(19), algorithm 3 and appendix C. At step 0 and every `evaluate_every` steps
     all objectives that have a weight are evaluated without a graph (in the mode that the model is in), then the winner is
     run with one. In between the last known gaps decide, of which each step renews its own. `evaluate_every=1` is algorithm 3;
-    with None or -1 only the first step evaluates. Equal gaps: the first name in alphabetical order.
+    with None or -1 only the first step evaluates. Equal gaps: the first name in alphabetical order. The winner's closure runs
+    twice in a step that evaluates: draw its batch outside of it, so that both see the same.
 
     `optima` are the least values f* that the losses can reach, or estimates of them; None takes 0 for all, which is right for
     losses that can reach it. An estimate above the loss makes a negative gap, which is compared like any other.
