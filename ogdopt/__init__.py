@@ -1,7 +1,19 @@
 """Orthogonal gradient descent for preference tuning: winners' likelihood up, losers' not, around any torch optimizer."""
 
 from ogdopt.gram import Gram
+from ogdopt.objectives import AlternatingObjective, MaxGapObjective, MixedObjective, SequentialObjective
 from ogdopt.optimizer import GradientError, NonFiniteGradient, PairedGradient, ProjectedGradient, StepReport
 
-__all__ = ["GradientError", "Gram", "NonFiniteGradient", "PairedGradient", "ProjectedGradient", "StepReport"]
+__all__ = [
+    "AlternatingObjective",
+    "GradientError",
+    "Gram",
+    "MaxGapObjective",
+    "MixedObjective",
+    "NonFiniteGradient",
+    "PairedGradient",
+    "ProjectedGradient",
+    "SequentialObjective",
+    "StepReport",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,122 @@
+"""What a step of each schedule costs over the step on one objective that it makes.
+
+    python benchmarks/objectives.py --rounds 9
+
+A small Mistral on one thread, two objectives of as many tokens each: a preference loss of pairs and a supervised loss. A round
+is ten steps of a schedule, each followed by the same step on the loss that it chose, called directly (for the mixed objective,
+which chooses none: on the two in turns). The ratio is of the CPU times of these ten and ten, the median over rounds.
+"Decision" is the CPU time of a schedule's step over losses that cost nothing, in microseconds. Results go to
+benchmarks/results/objectives.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import MistralConfig, MistralForCausalLM
+
+from ogdopt import AlternatingObjective, MaxGapObjective, MixedObjective, SequentialObjective
+from ogdopt.objectives import Objective
+
+WEIGHTS = {"preference": 0.5, "sft": 0.5}
+SCHEDULES: dict[str, Callable[[], Objective]] = {
+    "AlternatingObjective (ALRIGHT)": lambda: AlternatingObjective(WEIGHTS),
+    "SequentialObjective": lambda: SequentialObjective({"preference": 5, "sft": 5}),
+    "MaxGapObjective, evaluate_every=10": lambda: MaxGapObjective(WEIGHTS, evaluate_every=10),
+    "MaxGapObjective, evaluate_every=1 (MAXRIGHT)": lambda: MaxGapObjective(WEIGHTS, evaluate_every=1),
+    "MixedObjective": lambda: MixedObjective(WEIGHTS),
+}
+STEPS, SEQUENCES, TOKENS = 10, 4, 128
+RESULTS = Path(__file__).parent / "results"
+
+
+def losses() -> tuple[MistralForCausalLM, dict[str, Callable[[], torch.Tensor]]]:
+    """The model and a closure for either objective, over the same number of sequences and tokens."""
+    config = MistralConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        vocab_size=2000,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = MistralForCausalLM(config)
+    ids = {name: torch.randint(config.vocab_size, (SEQUENCES, TOKENS)) for name in WEIGHTS}
+
+    def logps(x: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=x).logits[:, :-1].log_softmax(-1)
+        return logits.gather(-1, x[:, 1:, None]).squeeze(-1).sum(-1)
+
+    def preference() -> torch.Tensor:
+        chosen, rejected = logps(ids["preference"]).chunk(2)
+        return torch.nn.functional.softplus(-0.1 * (chosen - rejected)).mean()
+
+    return model, {"preference": preference, "sft": lambda: -logps(ids["sft"]).mean() / TOKENS}
+
+
+def measure(make: Callable[[], Objective], rounds: int) -> dict[str, float]:
+    """Median and range of the ratios of one schedule."""
+    torch.manual_seed(0)
+    model, closures = losses()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
+    objective = make()
+
+    def step(loss: Callable[[], torch.Tensor]) -> float:
+        start = time.process_time()
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        return time.process_time() - start
+
+    ratios = []
+    for _ in range(rounds + 1):  # the first one warms up
+        spent = plain = 0.0
+        for k in range(STEPS):
+            spent += step(lambda: objective(closures))
+            chosen = objective.chosen
+            plain += step(closures[chosen if isinstance(chosen, str) else sorted(WEIGHTS)[k % 2]])
+        ratios.append(spent / plain)
+    ratios = ratios[1:]
+    free = {name: lambda: torch.ones(()) for name in WEIGHTS}
+    objective = make()
+    start = time.process_time()
+    for _ in range(2000):
+        objective(free)
+    decision = 1e6 * (time.process_time() - start) / 2000
+    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "decision_us": decision}
+
+
+def main() -> None:
+    """Measure every schedule and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    results = {}
+    print("| schedule | CPU time of a step, median | range | decision |\n| :-- | --: | --: | --: |")
+    for name, make in SCHEDULES.items():
+        results[name] = found = measure(make, rounds)
+        spread = f"{found['least']:.2f}-{found['most']:.2f}"
+        print(f"| {name} | {found['ratio']:.3f}x | {spread} | {found['decision_us']:.0f} µs |", flush=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
+    record = {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions, "results": results}
+    path = RESULTS / "objectives.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Preference tuning and supervised fine-tuning on a problem small enough to draw: one after the other, or taking turns.
+
+    python harness/studies/tradeoff.py [--output_dir runs/tradeoff]
+
+Both objectives are logistic losses of a softmax policy over two outputs, `f(theta) = log(1 + exp(-z (theta - origin)))`: `z` is
+the difference of the two outputs' features (times beta) and `origin` the reference policy's parameter for preference tuning, 0
+for supervised fine-tuning. Neither minimum conflicts with itself; together they do. After the toy illustration (figure 2) and
+theorems 3.3 and 4.1 of the paper "joint SFT and DPO". The instances are constructed: the paper's features are not published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder, whose names would hide libraries
+
+import matplotlib
+import numpy as np
+import rich.console
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from harness.figures import PAPER
+from harness.files import write_json, write_text
+from harness.tables import Table, number, tiny
+from ogdopt import AlternatingObjective, MaxGapObjective, SequentialObjective
+from ogdopt.objectives import OneAtATime
+
+COLORS = {"Sequential": "#0072B2", "ALRIGHT": "#D55E00", "MAXRIGHT": "#009E73"}
+DPO, SFT = "preference", "sft"
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """The loss `log(1 + exp(-z (theta - origin)))` of parameters theta, (d,)."""
+
+    z: np.ndarray
+    origin: np.ndarray
+
+    def loss(self, theta: np.ndarray) -> np.ndarray:
+        """Nats, (...), of parameters (..., d)."""
+        return np.logaddexp(0.0, (self.origin - theta) @ self.z)
+
+    def gradient(self, theta: np.ndarray) -> np.ndarray:
+        """(d,), of parameters (d,)."""
+        return -self.z / (1.0 + math.exp(min(float(self.z @ (theta - self.origin)), 700.0)))
+
+
+Losses = Mapping[str, Logistic]
+
+
+def descend(
+    losses: Losses,
+    objective: OneAtATime,
+    start: np.ndarray,
+    steps: int,
+    rate: float,
+    decay: float = 0.0,
+    enough: float = 0.0,
+) -> np.ndarray:
+    """Gradient descent in which every step belongs to one objective; the path, (steps taken + 1, d).
+
+    `decay` times the parameters is added to the gradient; the descent ends before a step whose objective's loss is `enough`.
+    """
+    path = np.empty((steps + 1, len(start)))
+    path[0] = theta = start.astype(float)
+    closures = {name: lambda f=losses[name]: float(f.loss(theta)) for name in objective.weights}
+    for t in range(steps):
+        name = objective.choose(closures)
+        loss = closures[name]()
+        if loss <= enough:
+            return path[: t + 1]
+        objective.observe(name, loss)
+        theta = theta - rate * (losses[name].gradient(theta) + decay * theta)
+        path[t + 1] = theta
+    return path
+
+
+# ---- figure 2: two parameters --------------------------------------------------------------------------------------------
+
+START = np.array([5.0, -9.9])
+RATE, DECAY, ENOUGH = 0.01, 1e-3, 0.05
+OPTIMA = {DPO: 0.0, SFT: 0.0}
+HALVES = {DPO: 0.5, SFT: 0.5}
+
+
+def plane(reference_steps: int = 1000) -> dict[str, Logistic]:
+    """Preference tuning on features (1, 1) against (.5, .5), fine-tuning on (.5, .5) against (1, .5), in two dimensions.
+
+    The reference is what `reference_steps` of descent on the chosen response make of the common start.
+    """
+    z = np.array([0.5, 0.5])
+    chosen = {SFT: Logistic(z, np.zeros(2))}
+    reference = descend(chosen, SequentialObjective({SFT: reference_steps}), START, reference_steps, RATE, DECAY)[-1]
+    return {DPO: Logistic(z, reference), SFT: Logistic(np.array([-0.5, 0.0]), np.zeros(2))}
+
+
+def trajectories(losses: Losses, steps: int = 20_000, seed: int = 0) -> dict[str, np.ndarray]:
+    """The paths of the three schedules from the common start, in the parameters' space: (steps + 1, 2) each.
+
+    A phase of Sequential is half of the steps, or ends where its own loss is small enough.
+    """
+    first = descend(losses, SequentialObjective({DPO: steps // 2}), START, steps // 2, RATE, DECAY, ENOUGH)
+    second = descend(losses, SequentialObjective({SFT: steps // 2}), first[-1], steps // 2, RATE, DECAY, ENOUGH)
+    return {
+        "Sequential": np.concatenate([first, second[1:]]),
+        "ALRIGHT": descend(losses, AlternatingObjective(HALVES, seed=seed), START, steps, RATE, DECAY),
+        "MAXRIGHT": descend(losses, MaxGapObjective(HALVES, optima=OPTIMA), START, steps, RATE, DECAY),
+    }
+
+
+def summary(losses: Losses, path: np.ndarray) -> dict[str, float]:
+    """Where a path ends: both losses, their distance from the ideal point (0, 0), and how much of a detour it was."""
+    ends = {name: float(f.loss(path[-1])) for name, f in losses.items()}
+    length = float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
+    net = float(np.linalg.norm(path[-1] - path[0]))
+    return ends | {"distance": math.hypot(*ends.values()), "steps": len(path) - 1, "detour": length / net}
+
+
+def plane_table(ends: Mapping[str, Mapping[str, float]], distances: Sequence[float]) -> Table:
+    """The end of every schedule."""
+    rows = [
+        [name, f"{end['steps']:,}", *(number(end[key], 3) for key in (DPO, SFT, "distance")), number(end["detour"], 2)]
+        for name, end in ends.items()
+    ]
+    closer = sum(ends["MAXRIGHT"]["distance"] < x for x in distances)
+    note = (
+        "Distance: from the ideal point, where both losses are 0. Detour: length of the path, with every turn between the two "
+        f"objectives, over the distance between its ends. ALRIGHT over {len(distances)} seeds ends {number(min(distances), 3)} "
+        f"to {number(max(distances), 3)} away; MAXRIGHT is closer than {closer} of these on this instance, which another one "
+        "may turn round."
+    )
+    return Table(
+        "Two parameters: where each schedule ends", ["schedule", "steps", "f_DPO", "f_SFT", "distance", "detour"], rows, note
+    )
+
+
+def draw_plane(losses: Losses, paths: Mapping[str, np.ndarray]) -> Figure:
+    """Top: the paths over the contours of the mean loss. Bottom: the same paths by their two losses."""
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    axes = figure.subplots(2, len(paths), sharex="row", sharey="row")
+    points = np.concatenate(list(paths.values()))
+    low, high = points.min(0), points.max(0)
+    low, high = low - 0.12 * (high - low), high + 0.12 * (high - low)
+    grid = np.stack(np.meshgrid(*(np.linspace(a, b, 120) for a, b in zip(low, high))), -1)
+    mean = sum(0.5 * f.loss(grid) for f in losses.values())
+    for column, (name, path) in enumerate(paths.items()):
+        top, bottom = axes[0, column], axes[1, column]
+        top.contour(grid[..., 0], grid[..., 1], mean, levels=14, colors="#bbbbbb", linewidths=0.8)
+        _trace(top, path, COLORS[name])
+        top.set_title(name)
+        top.set_xlabel("θ₁")
+        _trace(bottom, np.stack([f.loss(path) for f in losses.values()], -1), COLORS[name])
+        bottom.plot(0, 0, "*", color="#E69F00", ms=16, mec="black", clip_on=False, zorder=5, label="ideal point")
+        bottom.set_xlabel("f_DPO")
+    axes[0, 0].set_ylabel("θ₂")
+    axes[1, 0].set_ylabel("f_SFT")
+    axes[1, 0].legend(frameon=False, fontsize=11, loc="upper right")
+    return figure
+
+
+def _trace(ax: Axes, path: np.ndarray, color: str) -> None:
+    thin = path[:: max(1, len(path) // 2000)]
+    ax.plot(*thin.T, color=color, lw=1.8)
+    ax.plot(*path[0], "o", color="white", mec="black", ms=8, label="start")
+    ax.plot(*path[-1], "s", color=color, mec="black", ms=8, label="end")
+
+
+# ---- theorems 3.3 and 4.1: one parameter ---------------------------------------------------------------------------------
+
+LINE = {
+    DPO: Logistic(np.array([-1.0]), np.array([-5.0])),  # log(1 + exp(theta + 5))
+    SFT: Logistic(np.array([1.0]), np.array([0.0])),  # log(1 + exp(-theta))
+}
+LINE_START = np.array([-5.0])
+LAMBDAS = (0.1, 0.5, 0.9)
+HALF_STEPS = (50, 150, 500, 1500, 5000, 15_000)
+
+
+def mixed(theta: np.ndarray, weight: float) -> np.ndarray:
+    """f_Mix of parameters (..., 1), with `weight` on preference tuning (equation (6))."""
+    return weight * LINE[DPO].loss(theta) + (1 - weight) * LINE[SFT].loss(theta)
+
+
+def best(weight: float) -> np.ndarray:
+    """The parameter of least f_Mix, (1,): where its increasing derivative is 0."""
+    low, high = np.array([-50.0]), np.array([50.0])
+    for _ in range(200):
+        middle = (low + high) / 2
+        slope = weight * LINE[DPO].gradient(middle) + (1 - weight) * LINE[SFT].gradient(middle)
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return low
+
+
+def bound(weight: float, steps: int, rate: float) -> float:
+    """Theorem 4.1: what the expected gap of ALRIGHT stays under after `steps` steps of size rate/sqrt(steps).
+
+    `(|theta_1 - theta*|^2 + rate^2 M^2 (2 + ln T)) / (2 rate sqrt(T))`, where both gradients are shorter than M = 1.
+    """
+    far = float(((LINE_START - best(weight)) ** 2).sum())
+    return (far + rate**2 * (2 + math.log(steps))) / (2 * rate * math.sqrt(steps))
+
+
+def gaps(
+    half_steps: Sequence[int] = HALF_STEPS, budget: int = 90_000, rates: tuple[float, float] = (0.5, 2.0)
+) -> list[Results]:
+    """G_Mix(theta_T) = f_Mix(theta_T) - min f_Mix of both schedules, for every weight and number of steps.
+
+    Sequential takes `half_steps` of size rates[0] on either objective, ALRIGHT as many in all of size rates[1]/sqrt(T):
+    with 3 to 30 seeds, as many as `budget` steps pay for.
+    """
+    found = []
+    for half in half_steps:
+        steps = 2 * half
+        after = descend(LINE, SequentialObjective({DPO: half, SFT: half}), LINE_START, steps, rates[0])[-1]
+        for weight in LAMBDAS:
+            least = float(mixed(best(weight), weight))
+            weights = {DPO: weight, SFT: 1 - weight}
+            ends = [
+                descend(LINE, AlternatingObjective(weights, seed=seed), LINE_START, steps, rates[1] / math.sqrt(steps))[-1]
+                for seed in range(max(3, min(30, budget // steps)))
+            ]
+            found.append(
+                {
+                    "weight": weight,
+                    "steps": steps,
+                    "sequential": float(mixed(after, weight)) - least,
+                    "alternating": [float(mixed(end, weight)) - least for end in ends],
+                    "bound": bound(weight, steps, rates[1]),
+                }
+            )
+    return found
+
+
+def gap_table(found: Sequence[Results]) -> Table:
+    """The gaps of both schedules by the number of steps."""
+    columns = ["schedule", *(f"T={steps:,}" for steps in dict.fromkeys(cell["steps"] for cell in found))]
+    rows = []
+    for name, key in (("Sequential", "sequential"), ("ALRIGHT", "alternating")):
+        for weight in LAMBDAS:
+            values = [float(np.mean(cell[key])) for cell in found if cell["weight"] == weight]
+            rows.append([f"{name} λ={weight:g}", *map(tiny, values)])
+    worst = max(np.mean(cell["alternating"]) / cell["bound"] for cell in found)
+    note = (
+        "λ is the weight of preference tuning. Sequential tunes preferences, then fine-tunes, for half of the steps each: its "
+        "gap grows, since the second phase forgets the first (theorem 3.3). That of ALRIGHT (mean of "
+        f"3 to 30 seeds, more for short runs) falls; the bound of theorem 4.1 is kept everywhere (at most {worst:.3f} of it)."
+    )
+    return Table("One parameter: gap of the mixed objective after T steps", columns, rows, note)
+
+
+def draw_gaps(found: Sequence[Results]) -> Figure:
+    """The gaps of both schedules by the number of steps, and the bound of theorem 4.1."""
+    figure = Figure(figsize=(6.8, 5.2), layout="constrained")
+    ax = figure.subplots()
+    for weight, style in zip(LAMBDAS, (":", "-", "--")):
+        cells = [cell for cell in found if cell["weight"] == weight]
+        steps = [cell["steps"] for cell in cells]
+        sequential = [c["sequential"] for c in cells]
+        ax.plot(steps, sequential, style, color=COLORS["Sequential"], marker="o", label=f"Sequential λ={weight:g}")
+        means = [np.mean(c["alternating"]) for c in cells]
+        ax.plot(steps, means, style, color=COLORS["ALRIGHT"], marker="s", label=f"ALRIGHT λ={weight:g}")
+    cells = [cell for cell in found if cell["weight"] == 0.5]
+    ax.plot([c["steps"] for c in cells], [c["bound"] for c in cells], color="#777777", lw=1, label="bound λ=0.5")
+    ax.set(xscale="log", yscale="log", xlabel="steps", ylabel="G_Mix (nats)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")  # the default one writes mathematics, which PAPER leaves unread
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    return figure
+
+
+# ---- the study -----------------------------------------------------------------------------------------------------------
+
+
+def study(folder: Path, seeds: int = 10) -> list[Table]:
+    """Run everything, write tradeoff.md, tradeoff.json and both figures into `folder`, and return the tables."""
+    losses = plane()
+    paths = trajectories(losses)
+    ends = {name: summary(losses, path) for name, path in paths.items()}
+    others = [
+        descend(losses, AlternatingObjective(HALVES, seed=seed), START, len(paths["ALRIGHT"]) - 1, RATE, DECAY)
+        for seed in range(1, seeds)
+    ]
+    distances = [ends["ALRIGHT"]["distance"], *(summary(losses, path)["distance"] for path in others)]
+    found = gaps()
+    tables = [plane_table(ends, distances), gap_table(found)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(PAPER):
+        for name, figure in (("trajectories", draw_plane(losses, paths)), ("gaps", draw_gaps(found))):
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    places = {"start": START.tolist(), "reference": losses[DPO].origin.tolist()}
+    settings = places | {"rate": RATE, "decay": DECAY, "enough": ENOUGH}
+    record = {"plane": {"settings": settings, "ends": ends, "alternating_distances": distances}, "line": found}
+    write_json(folder / "tradeoff.json", record)
+    write_text(folder / "tradeoff.md", markdown(tables))
+    return tables
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The study's page: tables, notes and figures."""
+    plane, line = (f"## {table.title}\n\n{table.markdown()}\n\n{table.note}\n" for table in tables)
+    head = "# One after the other, or taking turns\n\nConstructed instances: the features of the paper are not published."
+    look = "Look for paths that reach the star: only those of ALRIGHT and MAXRIGHT come near it."
+    return f"{head}\n\n{plane}\n![paths](trajectories.svg)\n\n{look}\n\n{line}\n![gaps](gaps.svg)\n"
+
+
+def main() -> None:
+    """Run the study and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/tradeoff"))
+    folder = parser.parse_args().output_dir
+    console = rich.console.Console()
+    for table in study(folder):
+        console.print(table.terminal(), table.note, "", sep="\n")
+    console.print(f"{folder / 'tradeoff.md'}")
+
+
+if __name__ == "__main__":
+    main()
