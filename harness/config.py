@@ -211,11 +211,13 @@ class PreferenceConfig(StageConfig):
     """Strengths of the methods that have one (dpo); each is a run of its own."""
     lambdas: list[float] = field(default_factory=lambda: [0.5])
     """Weights of the preference loss, from 0 to 1, in the methods that also train on the supervised rows (mix, alright,
-    maxright, sequential), where the supervised loss has 1 - lambda; each is a run of its own."""
+    maxright, sequential), where the supervised loss has 1 - lambda; each is a run of its own. The supervised rows are those of
+    `sft.data.train`; their loss follows this stage's `loss_reduction` and `train_on_prompt`."""
     joint_beta: float = 0.1
     """Beta of the DPO loss in these methods."""
     optima: dict[str, float] | None = None
-    """For maxright: {preference: x, sft: y}, the least loss that each can reach; null: 0."""
+    """For maxright: {preference: x, sft: y}, the least loss that each can reach; null: 0. Losses are as trained on: with
+    `loss_reduction: sum`, sft is the whole negative log-likelihood of an answer, many times a DPO loss."""
     evaluate_every: int = 10
     """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone."""
     sft_batch_size: int | None = None
