@@ -3,7 +3,7 @@
     checkpoint/step-00000016/
         model.safetensors     weights
         optimizer.pt          the base optimizer's state dict (tensors and numbers only; loaded with weights_only)
-        state.json            step, scheduler, data position, size of metrics.jsonl, the manifest of the other files
+        state.json            step, scheduler, schedule of objectives, size of metrics.jsonl, the manifest of the other files
         rng.safetensors       torch's generators
 
 A checkpoint is written beside its place and renamed when all its bytes are on the disk; `state.json` holds the size and
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Progress:
     step: int = 0
     metrics_bytes: int = 0
     seconds: float = 0.0
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Where a schedule of objectives stands, in what JSON keeps; empty for methods without one."""
 
 
 def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> Path:
@@ -76,7 +78,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Any
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
         scheduler.load_state_dict(state["scheduler"])
         _restore_rng(load_file(path / "rng.safetensors"))
-        return Progress(state["step"], state["metrics_bytes"], state["seconds"])
+        return Progress(state["step"], state["metrics_bytes"], state["seconds"], state.get("schedule", {}))
     return None
 
 

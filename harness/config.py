@@ -209,6 +209,41 @@ class PreferenceConfig(StageConfig):
 
     beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
     """Strengths of the methods that have one (dpo); each is a run of its own."""
+    lambdas: list[float] = field(default_factory=lambda: [0.5])
+    """Weights of the preference loss, from 0 to 1, in the methods that also train on the supervised rows (mix, alright,
+    maxright, sequential), where the supervised loss has 1 - lambda; each is a run of its own. The supervised rows are those of
+    `sft.data.train`; their loss follows this stage's `loss_reduction` and `train_on_prompt`."""
+    joint_beta: float = 0.1
+    """Beta of the DPO loss in these methods."""
+    optima: dict[str, float] | None = None
+    """For maxright: {preference: x, sft: y}, the least loss that each can reach; null: 0. Losses are as trained on: with
+    `loss_reduction: sum`, sft is the whole negative log-likelihood of an answer, many times a DPO loss."""
+    evaluate_every: int = 10
+    """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone."""
+    sft_batch_size: int | None = None
+    """Supervised examples in one optimizer step of these methods; null: `train_batch_size`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.joint_beta > 0:
+            raise ValueError(f"preference.joint_beta is {self.joint_beta}; expected a positive number")
+        if self.optima is not None and set(self.optima) != {"preference", "sft"}:
+            raise ValueError(
+                f"preference.optima is {self.optima}; expected {{preference: x, sft: y}}, the least loss that each can reach, "
+                "or null for 0"
+            )
+        if self.evaluate_every < 1 and self.evaluate_every != -1:
+            raise ValueError(f"preference.evaluate_every is {self.evaluate_every}; expected 1 or more steps, or -1")
+        size = self.sft_batch_size
+        if size is not None and (size < 1 or size % self.per_device_train_batch_size):
+            raise ValueError(
+                f"preference.sft_batch_size is {size}; expected a multiple of per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}), or null for train_batch_size"
+            )
+
+
+JOINT_OPTIONS = ("lambdas", "joint_beta", "optima", "evaluate_every", "sft_batch_size")
+"""Options of the preference stage that only methods with a schedule read."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +261,8 @@ class Config:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
-    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric)."""
+    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric), and,
+    on pairs and supervised rows together: mix, alright, maxright, sequential."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -243,7 +279,7 @@ class Config:
     """CPU threads of torch; null: one a core."""
 
 
-LISTS = {"--methods", "--study.seeds", "--preference.beta", "--evals.lm_eval_tasks"} | {
+LISTS = {"--methods", "--study.seeds", "--preference.beta", "--preference.lambdas", "--evals.lm_eval_tasks"} | {
     f"--{stage}.data.{part}" for stage in ("sft", "preference") for part in ("train", "eval")
 }
 """Options that also take plain commas: --methods ogd,dpo."""

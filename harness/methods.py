@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from ogdopt.objectives import AlternatingObjective, MaxGapObjective, MixedObjective, Objective, SequentialObjective
 from ogdopt.optimizer import Metric
 from ogdopt.projection import Rule, orthogonal, watch
 
@@ -13,7 +16,8 @@ class Method:
     """How a batch becomes one gradient.
 
     With `loss="nll"` each of `sides` gets a gradient of its own negative log-likelihood, and `rule` mixes them; any other
-    `loss` is an entry of `ogdopt.losses.LOSSES` and has one gradient, of pairs.
+    `loss` is an entry of `ogdopt.losses.LOSSES` and has one gradient, of pairs. With a `schedule` that loss is one of two
+    objectives; the other is the negative log-likelihood of the supervised rows (`harness.joint`).
     """
 
     loss: str
@@ -25,11 +29,18 @@ class Method:
     label: str = ""
     metric: Metric = "euclidean"
     """Which change keeps the rule's promise: the gradient that the optimizer gets, or the parameter change that it makes."""
+    schedule: type[Objective] | None = None
+    """Says whose step it is, the pairs' or the supervised rows'; one run for each value of `preference.lambdas`."""
 
     @property
     def two_gradients(self) -> bool:
         """Whether winners and losers have a gradient each."""
         return self.loss == "nll" and set(self.sides) == {"winner", "loser"}
+
+    @property
+    def swept(self) -> Literal["beta", "lambda"] | None:
+        """The hyper-parameter of which each value is a run of its own."""
+        return "lambda" if self.schedule else "beta" if self.beta else None
 
     @property
     def pairwise(self) -> bool:
@@ -42,37 +53,48 @@ METHODS: dict[str, Method] = {
     "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
     "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
     "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD (own metric)", metric="optimizer"),
+    "mix": Method("dpo", ("winner", "loser"), label="Mix", schedule=MixedObjective),
+    "alright": Method("dpo", ("winner", "loser"), label="ALRIGHT", schedule=AlternatingObjective),
+    "maxright": Method("dpo", ("winner", "loser"), label="MAXRIGHT", schedule=MaxGapObjective),
+    "sequential": Method("dpo", ("winner", "loser"), label="Sequential", schedule=SequentialObjective),
 }
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One preference run: a method, its beta where it has one, the run's directory name and its label in tables."""
+    """One preference run: a method, the run's directory name, its label in tables, and what it is one value of."""
 
     method: str
     beta: float | None
     name: str
     label: str
+    weight: float | None = None
+    """Lambda of a method with a schedule."""
 
 
-def runs(methods: list[str], betas: list[float]) -> list[RunSpec]:
-    """All runs of a study, in the order of `methods`; a method with a beta gives one run for each of `betas`.
+def runs(methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5,)) -> list[RunSpec]:
+    """All runs of a study, in the order of `methods`; one for each of `betas` or `lambdas` where a method has such a one.
 
-    Raises ValueError for an unknown or repeated method, and for a beta that is not positive.
+    Raises ValueError for an unknown or repeated method, a beta that is not positive and a lambda outside of [0, 1].
 
-    >>> [run.name for run in runs(["sft", "dpo", "ogd"], [0.2, 0.1])]
-    ['sft', 'dpo_beta0.2', 'dpo_beta0.1', 'ogd']
+    >>> [run.name for run in runs(["sft", "dpo", "ogd", "alright"], [0.2, 0.1], [0.5])]
+    ['sft', 'dpo_beta0.2', 'dpo_beta0.1', 'ogd', 'alright_lambda0.5']
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
         raise ValueError(f"methods is {methods}; expected different names out of {', '.join(METHODS)}")
-    if any(METHODS[name].beta for name in methods) and (not betas or min(betas) <= 0 or len(set(betas)) != len(betas)):
+    swept = {METHODS[name].swept for name in methods}
+    if "beta" in swept and (not betas or min(betas) <= 0 or len(set(betas)) != len(betas)):
         raise ValueError(f"preference.beta is {betas}; expected one or more different positive numbers")
+    if "lambda" in swept and (not lambdas or not all(0 <= x <= 1 for x in lambdas) or len(set(lambdas)) != len(lambdas)):
+        raise ValueError(f"preference.lambdas is {lambdas}; expected one or more different numbers from 0 to 1")
     specs = []
     for name in methods:
         method = METHODS[name]
-        for beta in betas if method.beta else [None]:
-            suffix = "" if beta is None else f"_beta{beta:g}"
-            label = method.label if beta is None else f"{method.label} β={beta:g}"
-            specs.append(RunSpec(name, beta, name + suffix, label))
+        if method.swept is None:
+            specs.append(RunSpec(name, None, name, method.label))
+        elif method.swept == "beta":
+            specs += [RunSpec(name, x, f"{name}_beta{x:g}", f"{method.label} β={x:g}") for x in betas]
+        else:
+            specs += [RunSpec(name, None, f"{name}_lambda{x:g}", f"{method.label} λ={x:g}", x) for x in lambdas]
     return specs

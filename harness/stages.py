@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import yaml
 
-from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
+from harness.config import JOINT_OPTIONS, Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Preferences, load_preferences, load_sft, texts
 from harness.files import write_json, write_text
+from harness.joint import Joint
 from harness.lm_evals import evaluate
 from harness.methods import RunSpec, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
@@ -38,7 +39,13 @@ class SeedStudy:
         self.device = torch.device(_device(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.specs = runs(config.methods, config.preference.beta)
+        self.specs = runs(config.methods, config.preference.beta, config.preference.lambdas)
+        joint = [spec.method for spec in self.specs if spec.weight is not None]
+        if joint and not config.sft.data.train:
+            raise ValueError(
+                f"{joint[0]} trains on the supervised rows beside the pairs, but sft.data.train is empty; expected JSONL files "
+                "or hub data sets, e.g. --sft.data.train rows.jsonl"
+            )
 
     def prepare(self) -> None:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
@@ -71,12 +78,18 @@ class SeedStudy:
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model, and evaluate each of its epochs."""
         config, directory = self.config, self.home / spec.name
-        facts = {"name": spec.name, "kind": "method", "method": spec.method, "beta": spec.beta, "label": spec.label}
-        stage = {k: v for k, v in as_dict(config.preference).items() if k != "beta"}
+        if spec.weight is None:
+            beta, words, unused = spec.beta, {}, ("beta", *JOINT_OPTIONS)
+        else:
+            beta, words, unused = config.preference.joint_beta, {"lambda": spec.weight}, ("beta", "lambdas")
+        # What a run does not read, and what names it, may differ from what an earlier run of the study was made with.
+        stage = {k: v for k, v in as_dict(config.preference).items() if k not in unused}
+        facts = {"name": spec.name, "kind": "method", "method": spec.method, "beta": beta, "label": spec.label} | words
         sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
         record(directory, sections, facts | {"seed": config.preference.seed})
         if not (directory / "complete.json").is_file():
             rows = self._preference_rows
+            joint = None if spec.weight is None else self._joint(spec.weight)
             job = Job(
                 directory,
                 spec.name,
@@ -85,15 +98,24 @@ class SeedStudy:
                 config.preference,
                 rows["train"],
                 rows.get("eval"),
-                beta=spec.beta,
+                beta=beta,
                 seed=config.preference.seed,
                 base=str(self.start),
-                recipe={"method": spec.method, "beta": spec.beta} | stage,
+                recipe={"method": spec.method, "beta": beta} | words | stage,
+                validation=self._supervised_rows.get("eval", []) if joint else (),
+                joint=joint,
             )
             model = prepare(load_model(config.model, self.start), config.model, self.device)
             train(job, model, self.tokenizer, self.device, config.model.bf16)
         for epoch in range(1, json.loads((directory / "complete.json").read_text())["epochs"] + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
+
+    def _joint(self, weight: float) -> Joint:
+        """The supervised stream of a joint run."""
+        preference = self.config.preference
+        size = preference.sft_batch_size or preference.train_batch_size
+        rows = self._supervised_rows["train"]
+        return Joint(rows, weight, size, preference.optima, preference.evaluate_every)
 
     @property
     def start(self) -> Path | str:

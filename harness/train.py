@@ -1,19 +1,22 @@
 """The loop: collect the gradients of a batch, combine, clip, step, one metrics line; resumable at every step.
 
 One loop serves the supervised stage and every method. A step takes all micro-batches of one side, then all of the other, so
-that two gradients never mix in one accumulator, and only one graph is alive at a time.
+that two gradients never mix in one accumulator, and only one graph is alive at a time. Where a schedule has pairs and
+supervised rows share a step, their weighted losses are one loss, and their gradients one gradient.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,12 @@ from harness import checkpoints
 from harness.config import StageConfig
 from harness.data import Example, Preferences, collate, order
 from harness.files import write_json
+from harness.joint import Joint
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
 from ogdopt import PairedGradient, StepReport
 from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
+from ogdopt.objectives import MixedObjective, Objective, OneAtATime
 
 EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
@@ -59,8 +64,15 @@ class Job:
     recipe: dict[str, Any] = field(default_factory=dict)
     validation: Sequence[Example] = ()
     """Held-out supervised examples whose loss is measured."""
+    joint: Joint | None = None
+    """The supervised stream of a method with a schedule."""
 
     def __post_init__(self) -> None:
+        if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):
+            raise ValueError(
+                f"method {self.method!r} trains on supervised rows beside the pairs, and there are none; give sft.data.train, "
+                "or choose sft, dpo, ogd or ogd_metric"
+            )
         if METHODS[self.method].pairwise and not self.data.paired:
             raise ValueError(
                 f"method {self.method!r} compares two answers to one prompt, but the preference rows are unpaired (prompt, "
@@ -72,6 +84,14 @@ class Job:
         """Which rows make up which step."""
         losers = self.data.losers if "loser" in METHODS[self.method].sides else []
         return Plan(len(self.data.winners), len(losers), self.data.paired, self.config, self.seed)
+
+    @property
+    def streams(self) -> dict[str, Plan]:
+        """Which rows make up which step of each stream of a joint run; none for other methods."""
+        if self.joint is None:
+            return {}
+        config = dataclasses.replace(self.config, train_batch_size=self.joint.batch_size)
+        return {"preference": self.plan, "sft": Plan(len(self.joint.supervised), 0, False, config, self.seed)}
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,12 @@ class Trainer:
         self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
         self.reference: dict[str, Tensor] = {}
+        self.objective: Objective | None = None
+        if job.joint is not None and self.method.schedule is not None:
+            self.objective = job.joint.objective(self.method.schedule, self.plan.steps, job.seed)
+        self.streams = job.streams
+        self.taken = dict.fromkeys(self.streams, 0)
+        """Steps that each stream of a joint run has had."""
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start."""
@@ -146,6 +172,9 @@ class Trainer:
             self._log({"step": 0, "epoch": 0.0} | self._measure())
         else:
             self._truncate_metrics(progress.metrics_bytes)
+            if self.objective is not None:
+                self.objective.load_state_dict(progress.schedule["objective"])
+                self.taken = dict(progress.schedule["taken"])
         bar = tqdm(total=plan.steps, initial=progress.step, desc=job.label, unit="step", leave=False, dynamic_ncols=True)
         with bar, stop_signals() as asked:
             mark = time.perf_counter()
@@ -197,8 +226,11 @@ class Trainer:
         began = time.perf_counter()
         winners, losers = self.plan.rows(step)
         sums: dict[str, Tensor] = {}
-        if self.method.pairwise:
-            self._collect_pairs(winners, sums)
+        known: dict[str, float] = {}
+        if self.objective is not None:
+            known = self._collect_scheduled(self.objective, sums)
+        elif self.method.pairwise:
+            self._collect(self._pair_losses(winners, sums), sums)
         else:
             rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
             for side in self.method.sides:
@@ -207,7 +239,7 @@ class Trainer:
         learning_rate = float(self.scheduler.get_last_lr()[0])
         report: StepReport = self.optimizer.step()
         self.scheduler.step()
-        return self._line(sums, report, learning_rate, time.perf_counter() - began)
+        return self._line(sums, report, learning_rate, time.perf_counter() - began) | known
 
     def _collect_side(self, side: str, examples: list[Example], sums: dict[str, Tensor]) -> None:
         """All micro-batches of one side: the gradient of the mean negative log-likelihood."""
@@ -222,27 +254,80 @@ class Trainer:
                 if side == "winner":
                     _add(sums, loss=loss)
 
-    def _collect_pairs(self, indices: list[int], sums: dict[str, Tensor]) -> None:
-        """All micro-batches of pairs: the gradient of the mean preference loss."""
+    def _collect_scheduled(self, objective: Objective, sums: dict[str, Tensor]) -> dict[str, float]:
+        """All micro-batches of the streams whose step this is; returns what the schedule goes by.
+
+        Both streams' next rows are fixed before the choice, and a stream that has no step keeps them for its next one.
+        """
+        rows = {name: self.streams[name].rows(self.taken[name])[0] for name in objective.active}
+        known: dict[str, float] = {}
+        if isinstance(objective, MixedObjective):
+            weights = objective.weights
+            objective({name: partial(self._collect_stream, name, rows[name], sums, weights[name]) for name in rows})
+            used = list(rows)
+        else:
+            assert isinstance(objective, OneAtATime)
+            seen: dict[str, Tensor] = {}
+
+            def evaluate(name: str) -> Tensor:
+                seen[name] = torch.stack(list(self._losses(name, rows[name], {}))).sum()
+                return seen[name]
+
+            name = objective.choose({name: partial(evaluate, name) for name in rows})
+            known = {f"objective/{n}": float(loss) for n, loss in seen.items() if n != name}
+            known |= {f"objective/gap_{n}": gap for n, gap in objective.gaps.items()}
+            known["objective/chosen"] = float(name == "preference")
+            objective.observe(name, self._collect_stream(name, rows[name], sums))
+            used = [name]
+        for name in used:
+            self.taken[name] += 1
+        return known
+
+    def _collect_stream(self, name: str, indices: list[int], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
+        loss = self._collect(self._losses(name, indices, sums), sums, weight)
+        _add(sums, **{f"objective/{name}": loss})
+        return loss
+
+    def _losses(self, name: str, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+        return (self._pair_losses if name == "preference" else self._supervised_losses)(indices, sums)
+
+    def _collect(self, losses: Iterable[Tensor], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
+        """The gradient of `weight` times the sum of micro-batches' losses, added to the winner's; returns the sum."""
+        found = []
+        with self.optimizer.winner():
+            for loss in losses:
+                (weight * loss).backward()
+                found.append(loss.detach())
+                _add(sums, loss=weight * loss)
+        return torch.stack(found).sum()
+
+    def _supervised_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Each micro-batch's share of the mean negative log-likelihood of supervised rows."""
+        assert self.job.joint is not None
+        for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+            completion = self._score([self.job.joint.supervised[i] for i in micro])
+            _add(sums, tokens=completion.length.sum())
+            yield nll(completion, self.job.config.loss_reduction).sum() / len(indices)
+
+    def _pair_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
         entry = LOSSES[self.method.loss]
-        with self.optimizer.winner():
-            for micro in chunks(indices, self.job.config.per_device_train_batch_size):
-                n = len(micro)
-                both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
-                chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
-                pairs = Pairs(chosen, rejected)
-                if entry.reference:
-                    A, B = (self.reference[f"train_{side}"][micro].to(self.device) for side in ("chosen", "rejected"))
-                    pairs = Pairs(chosen, rejected, A, B)
-                loss = entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices)
-                loss.backward()
-                share = n / len(indices)
-                _add(sums, loss=loss, tokens=both.length.sum())
-                _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
-                if entry.reference and beta is not None:
-                    ratios = pairs.log_ratios()
-                    _add(sums, **{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+        for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+            n = len(micro)
+            both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
+            chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
+            pairs = Pairs(chosen, rejected)
+            if entry.reference:
+                A, B = (self.reference[f"train_{side}"][micro].to(self.device) for side in ("chosen", "rejected"))
+                pairs = Pairs(chosen, rejected, A, B)
+            share = n / len(indices)
+            _add(sums, tokens=both.length.sum())
+            _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
+            if entry.reference and beta is not None:
+                ratios = pairs.log_ratios()
+                _add(sums, **{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+            yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices)
 
     def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
         on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
@@ -340,6 +425,8 @@ class Trainer:
 
     def _save(self, progress: checkpoints.Progress) -> None:
         progress.metrics_bytes = self.metrics.stat().st_size
+        if self.objective is not None:
+            progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
         checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler)
 
     def _export(self, epoch: int, line: dict[str, float]) -> None:

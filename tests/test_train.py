@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from harness.data import Preferences, collate
+from harness.joint import Joint
 from harness.methods import METHODS, runs
 from harness.model import completion_logps, prepare
 from harness.train import Job, Plan, Stopped, Trainer, train
@@ -22,11 +23,16 @@ def tok(tmp_path_factory):
     return small.tokenizer(tmp_path_factory.mktemp("tok"))
 
 
-def job(folder, tok, method="ogd", data=None, **changes):
+JOINT = [name for name, method in METHODS.items() if method.schedule]
+OPTIONS = {"weight": 0.7, "batch_size": 4, "optima": {"preference": 0.0, "sft": 12.0}, "evaluate_every": 3}
+
+
+def job(folder, tok, method="ogd", data=None, joint=None, **changes):
     data = data or small.preferences(tok)
-    beta = 0.5 if METHODS[method].beta else None
+    beta = 0.5 if METHODS[method].beta or method in JOINT else None
     held_out = small.preferences(tok, seed=5)
-    return Job(folder, method, method, method, small.stage(**changes), data, held_out, beta=beta, seed=1)
+    streams = Joint(small.preferences(tok, n=7, seed=3).losers, **(OPTIONS | (joint or {}))) if method in JOINT else None
+    return Job(folder, method, method, method, small.stage(**changes), data, held_out, beta=beta, seed=1, joint=streams)
 
 
 def run(folder, tok, method="ogd", seed=0, **changes):
@@ -221,7 +227,7 @@ def test_runs_of_a_study():
 
 def test_methods_table():
     """What tells ogd_metric from ogd is the metric alone."""
-    assert list(METHODS) == ["sft", "dpo", "ogd", "ogd_metric"]
+    assert list(METHODS) == ["sft", "dpo", "ogd", "ogd_metric", "mix", "alright", "maxright", "sequential"]
     assert {name: method.metric for name, method in METHODS.items() if method.two_gradients} == {
         "ogd": "euclidean",
         "ogd_metric": "optimizer",
