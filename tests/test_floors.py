@@ -17,8 +17,8 @@ FLOORS = {
     3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
     4: ["harness.world", "harness.rows", "harness.methods", "harness.checkpoints", "harness.items", "harness.runs"],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
-    6: ["harness.train", "harness.lm_evals", "harness.analysis"],
-    7: ["harness.figures"],
+    6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
+    7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
     9: ["harness.run"],
 }
