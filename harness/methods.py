@@ -42,6 +42,13 @@ METHODS: dict[str, Method] = {
     "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
     "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
     "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD (own metric)", metric="optimizer"),
+    "r_dpo": Method("r_dpo", ("winner", "loser"), beta=True, label="R-DPO"),
+    "dpop": Method("dpop", ("winner", "loser"), beta=True, label="DPOP"),
+    "ipo": Method("ipo", ("winner", "loser"), beta=True, label="IPO"),
+    "sppo": Method("sppo", ("winner", "loser"), beta=True, label="SPPO"),
+    "simpo": Method("simpo", ("winner", "loser"), beta=True, label="SimPO"),
+    "cpo": Method("cpo", ("winner", "loser"), beta=True, label="CPO"),
+    "slic_hf": Method("slic_hf", ("winner", "loser"), label="SLiC-HF"),
 }
 
 
