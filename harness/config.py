@@ -261,8 +261,8 @@ class Config:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
-    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric), and,
-    on pairs and supervised rows together: mix, alright, maxright, sequential."""
+    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
+    rows together: mix, alright, maxright, sequential; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -57,6 +57,13 @@ METHODS: dict[str, Method] = {
     "alright": Method("dpo", ("winner", "loser"), label="ALRIGHT", schedule=AlternatingObjective),
     "maxright": Method("dpo", ("winner", "loser"), label="MAXRIGHT", schedule=MaxGapObjective),
     "sequential": Method("dpo", ("winner", "loser"), label="Sequential", schedule=SequentialObjective),
+    "r_dpo": Method("r_dpo", ("winner", "loser"), beta=True, label="R-DPO"),
+    "dpop": Method("dpop", ("winner", "loser"), beta=True, label="DPOP"),
+    "ipo": Method("ipo", ("winner", "loser"), beta=True, label="IPO"),
+    "sppo": Method("sppo", ("winner", "loser"), beta=True, label="SPPO"),
+    "simpo": Method("simpo", ("winner", "loser"), beta=True, label="SimPO"),
+    "cpo": Method("cpo", ("winner", "loser"), beta=True, label="CPO"),
+    "slic_hf": Method("slic_hf", ("winner", "loser"), label="SLiC-HF"),
 }
 
 
