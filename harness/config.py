@@ -201,6 +201,10 @@ class EvalConfig:
     style_prompts: str | None = None
     """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
     apply_chat_template: bool = True
+    system_instruction: str | None = None
+    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    device_map: str | None = None
+    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
 
 
 @dataclass(frozen=True)
@@ -285,16 +289,16 @@ LISTS = {"--methods", "--study.seeds", "--preference.beta", "--preference.lambda
 """Options that also take plain commas: --methods ogd,dpo."""
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
     """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help.
 
-    Without --config it is the miniature study. Wrong options end the process with a message, as argparse does.
+    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not any(word == "--config" or word.startswith("--config=") for word in given):
-        given = ["--config", str(DEFAULT_RECIPE), *given]
+        given = ["--config", str(recipe), *given]
     parser = jsonargparse.ArgumentParser(
-        prog="run.py",
+        prog=prog,
         description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; options behind it override it")

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, wh
 
 import transformers
 
+from harness import compare
 from harness.config import Config, parse
 from harness.report import print_table, write_report
 from harness.stages import SeedStudy, record
@@ -28,6 +29,8 @@ from harness.train import Stopped
 def main() -> int:
     """Run a study; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
     try:
+        if sys.argv[1:2] == ["tax"]:
+            return compare.main(sys.argv[2:])
         run(parse())
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
