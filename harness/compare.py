@@ -41,7 +41,7 @@ class Subject:
     model: Path | None = None
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> None:
     """Evaluate what has no evaluation yet, print the comparison, and write tax.md and tax.json into the study's directory."""
     named = list(words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))])
     config = parse(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
@@ -63,7 +63,6 @@ def main(words: Sequence[str]) -> int:
             comparison.write(directory)
             comparison.show(directory)
         ranks.barrier()
-    return 0
 
 
 def subjects(word: str) -> list[Subject]:
@@ -204,8 +203,8 @@ class Compared:
             rows.append([name, f"{number(gap.value, sign=True)} {interval(gap.low, gap.high)}", said, *ratio])
         columns = ["model", f"TAX minus {first}'s, points", "", f"1 − TAX / {first}'s", "if nothing were forgotten"]
         note = (
-            f"From joint draws. The ratio is left out unless {first}'s TAX is clearly below its own null: a ratio to noise says "
-            "nothing. Last column: the ratio that a model which forgot nothing would show on average."
+            f"From joint draws. The ratio is left out unless {first}'s TAX is clearly below its own null: a ratio to noise "
+            "says nothing. Last column: the ratio that a model which forgot nothing would show on average."
         )
         return Table(f"Against {first}, {ASKED.get(way, way)}", columns, rows, note)
 

@@ -45,8 +45,8 @@ class Journal(Mapping[str, dict[str, Any]]):
                 found[row[self.key]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{file}:{number}: found {line[:60]!r}; expected a JSON object with {self.key!r}: remove that line, and what "
-                    "it held is done again"
+                    f"{file}:{number}: found {line[:60]!r}; expected a JSON object with {self.key!r}: remove that line, and "
+                    "what it held is done again"
                 ) from error
         return found
 

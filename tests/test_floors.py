@@ -15,12 +15,20 @@ FLOORS = {
     1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
     2: ["ogdopt.optimizer"],
     3: ["harness.config", "harness.files", "harness.journal", "harness.ranks", "harness.sources", "harness.tables"],
-    4: ["harness.world", "harness.rows", "harness.methods", "harness.checkpoints", "harness.items", "harness.runs"],
+    4: [
+        "harness.world",
+        "harness.rows",
+        "harness.methods",
+        "harness.checkpoints",
+        "harness.items",
+        "harness.runs",
+        "harness.claims",
+    ],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
     6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.compare"],
+    9: ["harness.study", "harness.compare"],
     10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -36,9 +36,7 @@ def hub(tmp_path_factory):
 
 def asked(folder, names, output="out.json", **options):
     config = EvalConfig([], names, str(folder / "data"), limit=4, batch_size=32, **options)
-    return evaluate(
-        folder / "model", config, folder / output, run="sft", epoch=1, seed_dir=None, device="cpu", progress=False
-    )
+    return evaluate(folder / "model", config, folder / output, run="sft", epoch=1, seed_dir=None, device="cpu", progress=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*lost their beginning")
@@ -121,9 +119,7 @@ def toy(tmp_path):
 
 
 def evaluated(folder, config, name="epoch-1.json"):
-    return evaluate(
-        folder / "model", config, folder / name, run="sft", epoch=1, seed_dir=None, device="cpu", progress=False
-    )
+    return evaluate(folder / "model", config, folder / name, run="sft", epoch=1, seed_dir=None, device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("method", ["_model_call", "_reply"])
@@ -184,7 +180,7 @@ def test_a_model_spread_over_devices_answers_the_same(toy):
 
 def test_two_processes_answer_as_one_does(toy):
     """The command itself under torchrun: the same outcomes, margins and replies, bit for bit."""
-    folder, config = toy
+    folder, _ = toy
     tokenizer = bpe_tokenizer("bytes", NEW)
     export(tiny_model(tokenizer, seed=1), tokenizer, folder / "tuned")
     tasks = [{"name": "toy", "path": str(folder / "toy.jsonl"), "ask": ["direct", "generate"]}]
