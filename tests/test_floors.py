@@ -24,7 +24,7 @@ FLOORS = {
         "harness.runs",
         "harness.claims",
     ],
-    5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
+    5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model", "harness.official"],
     6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],

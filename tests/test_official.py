@@ -10,7 +10,8 @@ import pytest
 
 from harness.config import RECIPES, EvalConfig, TaskConfig, parse
 from harness.eval_model import EvalLM
-from harness.lm_evals import OFFICIAL, evaluate, official_tasks
+from harness.lm_evals import evaluate
+from harness.official import OFFICIAL, official_tasks
 from harness.runs import Evaluation
 from tests.hub import BENCHMARKS, EIGHT, lay_out_eight, rows_of, write_rows
 from tests.test_lm_evals import NEW, bpe_tokenizer, chat_ids, expected, export, tiny_model, toy_rows
