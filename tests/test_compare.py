@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from harness.compare import main, short_name, subjects
+from harness.compare import main, subjects
+from harness.runs import short_name
 
 # The paper's benchmarks at their real sizes, with plausible accuracies of a 7B model (chance).
 SIZES = {

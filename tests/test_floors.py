@@ -21,14 +21,16 @@ FLOORS = {
         "harness.methods",
         "harness.checkpoints",
         "harness.items",
+        "harness.answer_files",
+        "harness.endpoint",
         "harness.runs",
         "harness.claims",
     ],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model", "harness.official"],
-    6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
+    6: ["harness.joint", "harness.lm_evals", "harness.analysis", "harness.winrate"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.study", "harness.compare"],
+    9: ["harness.study", "harness.compare", "harness.generate", "harness.judge"],
     10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
