@@ -70,7 +70,10 @@ class SeedStudy:
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=base, recipe=recipe, validation=held_out)
-                train(job, prepare(model, config.model, self.device), self.tokenizer, self.device, config.model.bf16)
+                fresh = config.model.model_name_or_path is None
+                settings = dataclasses.replace(config.model, lora=None) if fresh else config.model
+                model = prepare(model, settings, self.device, config.sft.seed)
+                train(job, model, self.tokenizer, self.device, config.model.bf16)
             else:
                 write_json(directory / "complete.json", {"steps": 0, "epochs": 0, "seconds": 0.0})
         self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
@@ -105,7 +108,7 @@ class SeedStudy:
                 validation=self._supervised_rows.get("eval", []) if joint else (),
                 joint=joint,
             )
-            model = prepare(load_model(config.model, self.start), config.model, self.device)
+            model = prepare(load_model(config.model, self.start), config.model, self.device, config.preference.seed)
             train(job, model, self.tokenizer, self.device, config.model.bf16)
         for epoch in range(1, json.loads((directory / "complete.json").read_text())["epochs"] + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
