@@ -64,6 +64,27 @@ class WorldConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), trained instead of the weights; peft's names and meanings."""
+
+    r: int = 8
+    """Rank of what is added to a weight."""
+    lora_alpha: float = 16
+    """What is added is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters while a gradient is taken; never in a measurement."""
+    target_modules: list[str] | str = "all-linear"
+    """Ends of the names of the modules that get one, e.g. [q_proj, v_proj]; all-linear: all but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1 or not self.target_modules:
+            raise ValueError(
+                f"model.lora is r {self.r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}, target_modules "
+                f"{self.target_modules}; expected r >= 1, lora_alpha > 0, 0 <= lora_dropout < 1 and at least one target"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model: a hub id or Hugging Face folder, or one built here from an architecture."""
 
@@ -82,6 +103,10 @@ class ModelConfig:
     """Compute in bfloat16 under autocast on an accelerator; ignored on a CPU."""
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported
+    models hold the sum. A model that is built from `architecture` has its supervised stage without, since it knows nothing
+    yet. null: train the weights."""
 
 
 @dataclass(frozen=True)

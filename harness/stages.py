@@ -69,7 +69,10 @@ class SeedStudy:
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
-                train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16)
+                fresh = config.model.model_name_or_path is None
+                settings = dataclasses.replace(config.model, lora=None) if fresh else config.model
+                model = prepare(model, settings, self.device, config.sft.seed)
+                train(job, model, self.tokenizer, self.device, config.model.bf16)
             else:
                 write_json(directory / "complete.json", {"steps": 0, "epochs": 0, "seconds": 0.0})
         self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
@@ -136,7 +139,7 @@ class SeedStudy:
         train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference)
 
     def _prepared(self, model: Any) -> Any:
-        return prepare(model, self.config.model, self.device)
+        return prepare(model, self.config.model, self.device, self.config.preference.seed)
 
     def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
         """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""

@@ -239,7 +239,8 @@ class Trainer:
         method, config = self.method, self.job.config
         options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
         try:
-            base = getattr(torch.optim, config.optimizer)(self.model.parameters(), lr=config.learning_rate, **options)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            base = getattr(torch.optim, config.optimizer)(trained, lr=config.learning_rate, **options)
             return PairedGradient(
                 base,
                 method.rule,
@@ -422,11 +423,13 @@ class Trainer:
     def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
         sums, lengths = [], []
+        self.model.eval()  # adapters may have dropout
         with torch.no_grad():
             for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
                 completion = self._score(micro, on_prompt)
                 sums.append(completion.logp.cpu())
                 lengths.append(completion.length.cpu())
+        self.model.train()
         return torch.cat(sums), torch.cat(lengths)
 
     def _reference(self) -> dict[str, Tensor]:

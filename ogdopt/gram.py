@@ -335,7 +335,7 @@ class Ranks(NamedTuple):
     """Adds numbers over ranks, by one all-reduce, or returns them where there are no others."""
 
     def pooled(self, rows: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """What each tensor's row of numbers, (m,), adds up to in blocks of `sizes` consecutive tensors and over ranks: (K, m)."""
+        """Each tensor's numbers, (m,), added up in blocks of `sizes` consecutive tensors and over ranks: (K, m)."""
         shares = [row / n for row, n in zip(rows, self.copies)]
         return self.reduce([torch.stack([part.sum(0) for part in torch.stack(shares).split(list(sizes))])])[0]
 

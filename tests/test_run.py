@@ -98,7 +98,8 @@ def test_more_methods_join_a_finished_study(study):
     report = (folder / "report.md").read_text()
     assert "evaluating ogd_metric, epoch 2" in out and "OGD (own metric)" in report
     assert "evaluating maxright_lambda0.3_every10, epoch 2" in out and "MAXRIGHT λ=0.3 k=10" in report
-    found = [json.loads(line) for line in (folder / "seed-0" / "maxright_lambda0.3_every10" / "metrics.jsonl").read_text().splitlines()]
+    metrics = folder / "seed-0" / "maxright_lambda0.3_every10" / "metrics.jsonl"
+    found = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert len(found) == 9 and found[0]["eval_loss"] > 0 and "eval_dpo_loss" in found[-1]
     both = [line["step"] for line in found[1:] if {"objective/preference", "objective/sft"} <= line.keys()]
     assert both == [1, 3, 5, 7]  # evaluated before every second step
