@@ -19,8 +19,8 @@ FLOORS = {
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
     6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
-    8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.study"],
+    8: ["harness.gaps", "harness.stages", "harness.studies.tradeoff"],
+    9: ["harness.report", "harness.study"],
     10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
