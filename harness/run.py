@@ -2,6 +2,7 @@
 
     python harness/run.py                                    the miniature study, on a laptop
     python harness/run.py --config RECIPE --section.option value ...
+    python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -19,7 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, wh
 
 import transformers
 
-from harness.config import Config, parse
+from harness.config import Config, command
+from harness.dry_run import dry_run
 from harness.report import print_table, write_report
 from harness.stages import SeedStudy, record
 from harness.train import Stopped
@@ -28,7 +30,11 @@ from harness.train import Stopped
 def main() -> int:
     """Run a study; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
     try:
-        run(parse())
+        asked = command()
+        if asked.dry_run:
+            dry_run(asked.config, asked.world_size)
+        else:
+            run(asked.config)
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise

@@ -17,10 +17,11 @@ FLOORS = {
     3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
     4: ["harness.world", "harness.rows", "harness.methods", "harness.checkpoints", "harness.items", "harness.runs"],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
-    6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
+    6: ["harness.joint", "harness.memory", "harness.preview", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.run"],
+    9: ["harness.dry_run"],
+    10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = {"ogdopt", "harness"}  # importing a package runs its __init__, which may use anything of its own
