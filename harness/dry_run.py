@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -22,9 +22,9 @@ from rich.console import Console
 from transformers import AutoConfig, get_scheduler
 
 from harness.config import Config, DataConfig, StageConfig
-from harness.data import Example, Part, load_preferences, load_sft, texts
+from harness.data import Example, Kind, Part, load_preferences, load_sft, texts
 from harness.lm_evals import local_tasks, official_tasks, quiet
-from harness.memory import PARTS, SIZES, Load, Shape, copies, parts, precision_warning, shape_of
+from harness.memory import PARTS, SIZES, Load, Shape, copies, lora_of, parts, precision_warning, shape_of, trained_parameters
 from harness.methods import METHODS, RunSpec, runs
 from harness.model import architecture, load_tokenizer, train_tokenizer
 from harness.preview import CLOSE, OPEN, groups, histogram, marked
@@ -34,7 +34,6 @@ from harness.tables import NONE, Table, size
 from harness.train import Plan
 from harness.world import make_world
 
-Kind = Literal["sft", "preference"]
 SHOWN = 2  # rows shown of each data set
 
 
@@ -68,10 +67,11 @@ class DryRun:
         self.mistakes: list[str] = []
         self.unchecked: list[str] = []
         self.config = located(config, str(scratch / "data"), config.study.seeds[0])
-        self.specs = runs(config.methods, config.preference.beta, config.preference.lambdas)
+        self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         self.tokenizer: Any = None
         self.rows: dict[tuple[Kind, Part], Rows] = {}
         self.shape: Shape | None = None
+        self.trained: dict[Kind, int] = {}
 
     def run(self) -> None:
         """All checks in turn."""
@@ -80,8 +80,8 @@ class DryRun:
             make_world(self.config.world, self.scratch / "data")
         with self.collecting("tokenizer, templates, lengths", "give a local folder with --model.tokenizer_name_or_path FOLDER"):
             self.tokenizer = self.get_tokenizer()
-        for kind in ("sft", "preference"):
-            self.data(kind)
+        for kind, stage, data in self.sources():
+            self.data(kind, stage, data)
         self.evaluation()
         self.schedule()
         with self.collecting("memory"):
@@ -130,6 +130,13 @@ class DryRun:
         sft: list[tuple[Kind, StageConfig]] = [("sft", self.config.sft)] if self.config.sft.data.train else []
         return [*sft, ("preference", self.config.preference)]
 
+    def sources(self) -> Iterator[tuple[Kind, StageConfig, DataConfig]]:
+        """All rows that are trained on, with the stage whose settings hold for them."""
+        yield "sft", self.config.sft, self.config.sft.data
+        yield "preference", self.config.preference, self.config.preference.data
+        if self.config.joint.data is not None:
+            yield "joint", self.config.preference, self.config.joint.data
+
     # ---- data -------------------------------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Any:
@@ -137,30 +144,29 @@ class DryRun:
         model = self.config.model
         if model.tokenizer_name_or_path is not None:
             return load_tokenizer(model.tokenizer_name_or_path)
-        found = (t for kind, stage in self.stages() for t in texts(stage.data, "train", kind))
+        found = (t for kind, _, data in self.sources() if data.train for t in texts(data, "train", kind))
         return train_tokenizer(found, model, self.scratch / "tokenizer")
 
-    def data(self, kind: Kind) -> None:
+    def data(self, kind: Kind, stage: StageConfig, data: DataConfig) -> None:
         """Check the rows of both parts, and show what of them is trained on and how long they are."""
-        stage = self.config.sft if kind == "sft" else self.config.preference
-        if kind == "preference" and not stage.data.train:
-            self.mistakes.append("preference.data.train is empty; expected JSONL files, folders or data sets of the hub")
+        if kind != "sft" and not data.train:
+            self.mistakes.append(f"{kind}.data.train is empty; expected JSONL files, folders or data sets of the hub")
         for part in ("train", "eval"):
             option = f"{kind}.data.{part}"
-            if not getattr(stage.data, part):
+            if not getattr(data, part):
                 continue
             self.title(option)
             with self.collecting("rows", f"give local files with --{option} FILE"):
                 if self.tokenizer is None:
-                    self.rows[kind, part] = self.untokenized(kind, part, stage.data)
+                    self.rows[kind, part] = self.untokenized(kind, part, data)
                 else:
-                    self.rows[kind, part] = self.tokenized(kind, part, stage.data)
+                    self.rows[kind, part] = self.tokenized(kind, part, data)
                     if part == "train":
                         self.show(self.rows[kind, part], stage.train_on_prompt)
 
     def tokenized(self, kind: Kind, part: Part, data: DataConfig) -> Rows:
-        if kind == "sft":
-            examples, report = load_sft(data, self.tokenizer, part)
+        if kind != "preference":
+            examples, report = load_sft(data, self.tokenizer, part, kind)
             self.say(report.summary())
             return Rows(len(examples), 0, False, [(example,) for example in examples])
         found, report = load_preferences(data, self.tokenizer, part)
@@ -266,8 +272,9 @@ class DryRun:
     def memory(self) -> None:
         """A table of bytes by part: a column for the supervised stage and for each kind of method."""
         model, accelerator = self.config.model, self.config.device != "cpu"
-        self.shape = shape_of(self.architecture())
-        trainable = self.shape.parameters
+        architecture = self.architecture()
+        self.shape = shape_of(architecture)
+        self.trained = {kind: trained_parameters(architecture, lora_of(model, kind)) for kind, _ in self.stages()}
         columns: dict[str, dict[str, int]] = {}
         for kind, stage in self.stages():
             for name, two, together in [("sft", False, 1)] if kind == "sft" else kinds_of(self.specs):
@@ -278,11 +285,12 @@ class DryRun:
                 scored = min(micro * together * tokens, self.most_scored(kind, micro * together, stage.train_on_prompt))
                 load = Load(two, micro * together, tokens, scored, self.world_size)
                 title = "supervised" if kind == "sft" else name
-                columns[title] = parts(self.shape, trainable, model, stage, load, accelerator)
+                columns[title] = parts(self.shape, self.trained[kind], model, stage, load, accelerator)
         self.title("Memory of a process")
         self.say(
-            f"{self.shape.parameters:,} parameters, {trainable:,} of them trained; weights in {model.dtype}; "
-            f"{self.world_size} process{'es' * (self.world_size > 1)}; the longest sequences of a micro-batch together"
+            f"{self.shape.parameters:,} parameters in {model.dtype}; trained are "
+            + ", ".join(f"{count:,} ({kind})" for kind, count in self.trained.items())
+            + f"; {self.world_size} process{'es' * (self.world_size > 1)}; the longest sequences of a micro-batch together"
         )
         names = [name for name in PARTS if any(name in column for column in columns.values())]
         body = [[name, *(size(column[name]) if name in column else NONE for column in columns.values())] for name in names]
@@ -302,17 +310,18 @@ class DryRun:
         """What would be written where, and whether there is room for it."""
         self.title("Files")
         config, home = self.given, self.given.study.directory
-        one = SIZES[config.model.dtype] * self.shape.parameters if self.shape else None
+        number = SIZES[config.model.dtype]
+        one = number * self.shape.parameters if self.shape else None
         total, largest = 0, 0
         for kind, stage in self.stages():
-            state = one and one * (1 + copies(stage))
+            state = number * self.trained[kind] * (1 + copies(stage)) if self.shape else None
             each = f" of {size(one)}" if one else ""
             for run in ["supervised"] if kind == "sft" else [spec.name for spec in self.specs]:
                 self.say(
                     f"{home}/seed-K/{run}/: config.yaml, metrics.jsonl, model/epoch-1 to {stage.num_train_epochs}{each}, "
                     f"checkpoint/ (the last two{f', of {size(state)}' if state else ''}), complete.json"
                 )
-                if one and state:
+                if one is not None and state is not None:
                     total += len(config.study.seeds) * (one * stage.num_train_epochs + 2 * state)
                     largest = max(largest, state)
         report = ", report.html, report.md, results.json" if config.evals.tasks or config.evals.lm_eval_tasks else ""
