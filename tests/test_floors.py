@@ -17,10 +17,10 @@ FLOORS = {
     3: ["harness.config", "harness.files", "harness.meter", "harness.sources", "harness.tables"],
     4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters claims".split()],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
-    6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
+    6: ["harness.joint", "harness.memory", "harness.preview", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.gaps", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.report", "harness.study"],
+    9: ["harness.report", "harness.study", "harness.dry_run"],
     10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
