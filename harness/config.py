@@ -237,6 +237,10 @@ class EvalConfig:
     style_prompts: str | None = None
     """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
     apply_chat_template: bool = True
+    system_instruction: str | None = None
+    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    device_map: str | None = None
+    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
 
 
 @dataclass(frozen=True)
@@ -365,15 +369,16 @@ class Command:
     """Processes that a dry run reckons with."""
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
     """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help."""
-    return command(argv).config
+    return command(argv, recipe, prog).config
 
 
-def command(argv: Sequence[str] | None = None) -> Command:
+def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
     """The command line: the configuration, and whether it is to be run or only checked.
 
-    Without --config it is the miniature study. Wrong options end the process with a message, as argparse does.
+
+    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """
     # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.
     first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
@@ -384,9 +389,9 @@ def command(argv: Sequence[str] | None = None) -> Command:
     if asked.world_size < 1:
         first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
     if not any(word == "--config" or word.startswith("--config=") for word in given):
-        given = ["--config", str(DEFAULT_RECIPE), *given]
+        given = ["--config", str(recipe), *given]
     parser = jsonargparse.ArgumentParser(
-        prog="run.py",
+        prog=prog,
         description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
         epilog="--dry_run loads no weights and writes nothing: it checks data and settings, shows examples with the loss "
         "positions marked, lengths, steps, schedule, memory by part, and what would be written where. --world_size N: the "
