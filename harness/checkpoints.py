@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class Progress:
     seconds: float = 0.0
     schedule: dict[str, Any] = field(default_factory=dict)
     """Where a schedule of objectives stands, in what JSON keeps; empty for methods without one."""
+    enough: str = ""
+    """Why the run ended before its last step; "" where it did not."""
+    costs: dict[str, float] = field(default_factory=dict)
+    """What the steps have cost so far (`harness.meter`)."""
 
 
 def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> Path:
@@ -76,7 +80,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Any
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
         scheduler.load_state_dict(state["scheduler"])
         _restore_rng(load_file(path / "rng.safetensors"))
-        return Progress(state["step"], state["metrics_bytes"], state["seconds"], state.get("schedule", {}))
+        return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
     return None
 
 

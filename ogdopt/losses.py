@@ -261,21 +261,19 @@ def kto_unpaired(
     that mean over this batch's own completions, which costs no passes but is biased, and makes the loss of a completion depend
     on the (micro-)batch that it is in.
     """
-    ratio = completion.logp - ref
-    z = _constant(_divergence(ratio) if z_ref is None else z_ref)
-    wanted, unwanted = (
-        desirable_weight * torch.sigmoid(beta * (z - ratio)),
-        undesirable_weight * torch.sigmoid(beta * (ratio - z)),
-    )
-    return torch.where(desirable.bool(), wanted, unwanted)
+    log_ratio = completion.logp - ref
+    z = _divergence(log_ratio) if z_ref is None else z_ref
+    sign = torch.where(desirable.bool(), 1.0, -1.0)
+    return torch.where(desirable.bool(), desirable_weight, undesirable_weight) * _regret(log_ratio, z, beta * sign)
 
 
 def _divergence(log_ratios: Tensor) -> Tensor:
     return log_ratios.mean().clamp(min=0)
 
 
-def _constant(x: Tensor | float) -> Tensor | float:
-    return x.detach() if isinstance(x, Tensor) else x
+def _regret(log_ratio: Tensor, z: Tensor | float, beta: Tensor | float) -> Tensor:
+    """1 - sigmoid(beta (r - z)), (B,), without a gradient of z; for a completion that is not wanted beta is negative."""
+    return torch.sigmoid(beta * ((z.detach() if isinstance(z, Tensor) else z) - log_ratio))
 
 
 def kto(
@@ -291,9 +289,8 @@ def kto(
     `z_ref` None takes max(0, mean log-ratio of all 2B completions), see there.
     """
     chosen, rejected = pairs.log_ratios()
-    z = _constant(_divergence(torch.cat([chosen, rejected])) if z_ref is None else z_ref)
-    wanted = desirable_weight * torch.sigmoid(beta * (z - chosen))
-    return wanted + undesirable_weight * torch.sigmoid(beta * (rejected - z))
+    z = _divergence(torch.cat([chosen, rejected])) if z_ref is None else z_ref
+    return desirable_weight * _regret(chosen, z, beta) + undesirable_weight * _regret(rejected, z, -beta)
 
 
 LOSSES: dict[str, Entry] = {

@@ -14,7 +14,7 @@ FLOORS = {
     0: ["ogdopt.gram", "ogdopt.losses", "ogdopt.objectives"],
     1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
     2: ["ogdopt.optimizer"],
-    3: ["harness.config", "harness.files", "harness.sources", "harness.tables"],
+    3: ["harness.config", "harness.files", "harness.meter", "harness.sources", "harness.tables"],
     4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters".split()],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
     6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
