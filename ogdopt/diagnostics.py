@@ -16,16 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ogdopt.gram import Gram, gram, local, moved, settled, shared
+from ogdopt.gram import Gram, Value, gradients, gram, local, moved, parts, shared
 from ogdopt.losses import Completion, Pairs
-
-Value: TypeAlias = Callable[[], "Tensor | Iterable[Tensor]"]
 
 
 def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, float]:
@@ -110,39 +108,20 @@ def probe(
     """
     watched = [p for p in parameters if p.requires_grad]
     kept = [p.grad for p in watched]
-    sides = [_gradients(closure, watched) for closure in (chosen, rejected)]
+    (a, ws), (b, ls) = (gradients(closure, watched) for closure in (chosen, rejected))
     for p, g in zip(watched, kept):
         p.grad = g
-    (a, ws), (b, ls) = sides
     seen = Probe(gram(ws, ls, process_group, device=watched[0].device))
     before = [local(p.detach()).clone() for p in watched]
     yield seen
-    ranks = shared(watched, process_group)
     with torch.no_grad():
-        numbers = torch.stack([moved(p, x, w, l) / n for p, x, w, l, n in zip(watched, before, ws, ls, ranks.copies)])
-        da, db, _ = ranks.total(numbers.sum(0)).tolist()
-        seen.predicted = da, db
-        seen.realised = _sum(chosen()).item() - a, _sum(rejected()).item() - b
+        numbers = [moved(p, x, w, l) for p, x, w, l in zip(watched, before, ws, ls)]
+        ((da, db, _),) = shared(watched, process_group).pooled(numbers, [len(watched)]).tolist()
+        seen.predicted, seen.realised = (da, db), (_sum(chosen()) - a, _sum(rejected()) - b)
 
 
-def _gradients(closure: Value, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor | None]]:
-    """The value of a closure and its gradient, through p.grad, where sharded parameters get theirs."""
-    for p in parameters:
-        p.grad = None
-    total = 0.0
-    with torch.enable_grad():
-        for part in _parts(closure()):
-            part.backward()
-            total += part.detach().double().item()
-    return total, [None if p.grad is None else settled(p.grad, p) for p in parameters]
-
-
-def _parts(value: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    return [value] if isinstance(value, Tensor) else value
-
-
-def _sum(value: Tensor | Iterable[Tensor]) -> Tensor:
-    return torch.stack([part.double() for part in _parts(value)]).sum()
+def _sum(value: Tensor | Iterable[Tensor]) -> float:
+    return math.fsum(part.double().item() for part in parts(value))
 
 
 def token_products(logps: Tensor, parameters: Iterable[Tensor]) -> Tensor:

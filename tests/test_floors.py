@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["ogdopt.gram", "ogdopt.losses", "ogdopt.objectives"],
     1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
-    2: ["ogdopt.optimizer"],
+    2: ["ogdopt.optimizer", "ogdopt.per_pair"],
     3: ["harness.config", "harness.files", "harness.meter", "harness.sources", "harness.tables"],
     4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters".split()],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
