@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -362,19 +362,19 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     )
     parser.add_argument("--config", action="config", help="YAML recipe; options behind it override it")
     parser.add_class_arguments(Config)
-    found = parser.instantiate(parser.parse_args(_bracketed(given)))
+    found = parser.instantiate(parser.parse_args(listed(given, LISTS)))
     return Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
 
 
-def _bracketed(words: Sequence[str]) -> list[str]:
-    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo` into the YAML list that the parser reads."""
+def listed(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo`, of the options named, into the YAML lists that the parser reads."""
     out: list[str] = []
     for word in words:
         name, sign, value = word.partition("=")
-        if name in LISTS and sign:
+        if name in options and sign:
             out.append(f"{name}={_listed(value)}")
         else:
-            out.append(_listed(word) if out and out[-1] in LISTS else word)
+            out.append(_listed(word) if out and out[-1] in options else word)
     return out
 
 

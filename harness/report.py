@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from harness.analysis import ASKED, HELPS, Comparison, Point, headline, measure, results_of
+from harness.claims import Finished, finished
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
 from harness.runs import Study, read_study
@@ -41,6 +44,12 @@ class Report:
     headline: list[str]
     tables: list[Table]
     drawings: list[Drawing]
+    studies: list[Finished]
+    """Finished studies of papers, in or beside the directory."""
+
+    def page(self, study: Finished) -> str:
+        """Where a study's page lies, as seen from the report."""
+        return quote(Path(os.path.relpath(study.page, self.found.study.directory)).as_posix())
 
     @property
     def path(self) -> Path:
@@ -62,7 +71,14 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
     settings = settings or _settings(study)
     found = measure(study, settings.samples, settings.confidence)
     drawings = _figures(found, study.directory / "figures")
-    report = Report(found, settings, headline(found), [t.without_empty_columns() for t in tables(found)], drawings)
+    report = Report(
+        found,
+        settings,
+        headline(found),
+        [t.without_empty_columns() for t in tables(found)],
+        drawings,
+        finished(study.directory),
+    )
     results = json.dumps(_results(report), indent=1, ensure_ascii=False, allow_nan=False)
     (study.directory / "results.json").write_text(results + "\n", encoding="utf-8")
     (study.directory / "report.md").write_text(_markdown(report), encoding="utf-8")
@@ -438,6 +454,9 @@ def _markdown(report: Report) -> str:
     for drawing in report.drawings:
         parts += [f"### {markdown_text(drawing.title)}", f"![{markdown_text(drawing.title)}](figures/{drawing.file.name})"]
         parts.append(markdown_text(drawing.caption))
+    for paper in report.studies:
+        title = markdown_text(f"Study {paper.name}: {paper.title}")
+        parts += [f"## {title}", paper.table.markdown(), f"{paper.table.note} [The whole study]({report.page(paper)})"]
     parts += ["## How it was run", "\n".join(f"- {markdown_text(f'{k}: {v}')}" for k, v in _how(study).items())]
     parts.append("The configuration is in `config.yaml`, all numbers are in `results.json`.")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,7 +1,8 @@
-"""A study from one command.
+"""Everything from one command.
 
     python harness/run.py                                    the miniature study, on a laptop
     python harness/run.py --config RECIPE --section.option value ...
+    python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -9,6 +10,7 @@ Stages meet in the study's directory alone; a finished one is skipped, an interr
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,24 +19,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names would hide libraries
 
-import transformers
-
 from harness.config import Config, parse
-from harness.report import print_table, write_report
-from harness.stages import SeedStudy, record
-from harness.train import Stopped
+
+COMMANDS = {
+    "study": "harness.study",
+}
+"""First word of the command line -> the module whose `main` takes the words behind it."""
 
 
 def main() -> int:
-    """Run a study; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
+    """Run a command; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
+    words = sys.argv[1:]
     try:
-        run(parse())
+        if not words or words[0].startswith("-"):
+            run(parse(words))
+        elif words[0] in COMMANDS:
+            importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+        else:
+            raise ValueError(f"there is no command {words[0]!r}; expected one of {', '.join(COMMANDS)}, or options, see --help")
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise
         print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Stopped) as stopped:
+    except KeyboardInterrupt as stopped:
         print(f"\nstopped. {stopped or 'What was finished is kept'}; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
@@ -42,6 +50,11 @@ def main() -> int:
 
 def run(config: Config) -> None:
     """All seeds of a study, then its report."""
+    import transformers  # seconds, which other commands need not wait for
+
+    from harness.report import print_table, write_report
+    from harness.stages import SeedStudy, record
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this version trains in one process; start it with python instead of torchrun")
     transformers.utils.logging.set_verbosity_error()

@@ -42,8 +42,8 @@ EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop, and its state is saved."""
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and its state is saved: an interrupt of what called it, not an error."""
 
 
 @dataclass

@@ -15,12 +15,13 @@ FLOORS = {
     1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
     2: ["ogdopt.optimizer", "ogdopt.per_pair"],
     3: ["harness.config", "harness.files", "harness.meter", "harness.sources", "harness.tables"],
-    4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters".split()],
+    4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters claims".split()],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
     6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
     7: ["harness.train", "harness.figures"],
     8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.run"],
+    9: ["harness.study"],
+    10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = {"ogdopt", "harness"}  # importing a package runs its __init__, which may use anything of its own
