@@ -20,7 +20,7 @@ from rich.text import Text
 
 from harness import ranks
 from harness.analysis import ASKED, plain
-from harness.config import RECIPES, Config, parse
+from harness.config import RECIPES, Config, command
 from harness.files import write_json, write_text
 from harness.lm_evals import evaluate
 from harness.runs import NUMBERED, Evaluation, short_name
@@ -44,7 +44,10 @@ class Subject:
 def main(words: Sequence[str]) -> None:
     """Evaluate what has no evaluation yet, print the comparison, and write tax.md and tax.json into the study's directory."""
     named = list(words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))])
-    config = parse(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
+    asked = command(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
+    if asked.dry_run:
+        raise ValueError("tax trains nothing, so it has no --dry_run; take the option out")
+    config = asked.config
     if len(named) < 2:
         raise ValueError(
             f"tax: found {len(named)} models; expected two or more before the options: the reference first, e.g. "

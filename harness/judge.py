@@ -1,8 +1,8 @@
 """Whose answers a judge prefers: `run.py judge BASELINE ANSWERS... --judge MODEL`, each prompt in both orders.
 
 BASELINE and ANSWERS are files of answers (`harness/answer_files.py`) or folders that hold an answers.jsonl. The cost is
-reckoned first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its answers, where reports
-find it: runs/<study>/seed-<k>/<run>/answers/epoch-<n>/judge.json chooses that run's best epoch.
+reckoned first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its
+answers, where reports find it: runs/<study>/seed-<k>/<run>/answers/epoch-<n>/judge.json chooses that run's best epoch.
 """
 
 from __future__ import annotations

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from harness.adapters import adapted, bare, save
 from harness.config import ModelConfig
 from harness.files import replaced
 from ogdopt.losses import Completion
@@ -78,18 +87,49 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
+def architecture(config: ModelConfig, vocab_size: int | None = None, **ids: Any) -> PreTrainedConfig:
+    """The transformers configuration that `config.architecture` describes, with `vocab_size` where it names none.
+
+    Raises ValueError for an unknown architecture, and for a keyword that its class refuses.
+    """
     kind = str(config.architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(
             f"model.architecture.model_type is {kind!r}; expected an architecture of transformers such as 'mistral', "
             "'llama' or 'gpt2' (or set model.model_name_or_path)"
         )
-    options = {k: v for k, v in config.architecture.items() if k != "model_type"}
+    options = {} if vocab_size is None else {"vocab_size": vocab_size}
+    options |= {k: v for k, v in config.architecture.items() if k != "model_type"}
+    try:
+        return AutoConfig.for_model(kind, **ids, **options)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.architecture: {kind} refuses it ({reason}); correct that entry") from error
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose tensors have shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, in order. Raises ValueError for a model that keeps none in a list."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} keeps no list of its num_hidden_layers layers; expected a transformer that does")
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    built = architecture(config, len(tokenizer), **ids)
+    if built.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
+        )
     torch.manual_seed(seed)
-    built = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **ids, **options)
     model = AutoModelForCausalLM.from_config(built, **_attention(config))
     model.generation_config.update(**ids)
     return model.to(getattr(torch, config.dtype))
@@ -98,19 +138,34 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel:
     """Load a causal language model from a folder or the hub, its weights as `config.dtype`.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if it is not what `config.architecture` says.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config))
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config)
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.model_name_or_path: no causal language model at {str(name_or_path)!r} ({_first_line(error)}); "
             "expected a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
         ) from error
+    if config.architecture:
+        described, unknown = architecture(config), object()
+        for key in config.architecture:
+            expected, found = getattr(described, key, unknown), getattr(model.config, key, unknown)
+            if found != expected:
+                raise ValueError(
+                    f"model.architecture.{key} is {expected!r}, but the model at {str(name_or_path)!r} has "
+                    f"{'no such setting' if found is unknown else repr(found)}; correct the recipe"
+                )
+    return model
 
 
-def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ."""
+def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
+
+    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -121,7 +176,10 @@ def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device) -
             enable()
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).train()  # type: ignore[arg-type]
+        if config.lora is not None:
+            model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
+    trained: Any = model if config.lora is None else adapted(model, config.lora, seed)
+    return trained.to(device).train()
 
 
 def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Completion:
@@ -130,6 +188,7 @@ def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
     The arguments are a batch's, each (B, T). The head runs at the scored positions alone, so the logits are (scored tokens, V)
     and never (B, T, V).
     """
+    model = bare(model)
     scored = loss_mask[:, 1:]
     targets = input_ids[:, 1:][scored]
     head = model.get_output_embeddings()
@@ -144,9 +203,12 @@ def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all."""
+    """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all.
+
+    Adapters are merged into its weights, and stand by themselves in `adapter/`.
+    """
     with replaced(folder) as temporary:
-        model.save_pretrained(temporary)
+        save(model, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
