@@ -311,6 +311,8 @@ class ReportConfig:
     samples: int = 10_000
     """Bootstrap draws."""
     confidence: float = 0.95
+    paper: Literal["magpie_pro", "magpie_air_gemma2"] | None = None
+    """Show the rows of the OGD paper's Table 1 for this data set beside ours."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,26 @@ def test_paths_named_in_the_readme_exist():
         assert (ROOT / path).exists(), path
 
 
+HARNESS = re.compile(r"harness/run\.py(.*?)(?:  #.*)?$", re.M)
+
+
+@pytest.mark.parametrize("words", [line.split() for code in BLOCKS if code[0] == "sh" for line in HARNESS.findall(code[1])])
+def test_commands_of_the_readme_have_the_options_they_are_shown_with(words, capsys):
+    from harness.config import command
+    from harness.run import COMMANDS
+
+    name = words[0] if words and not words[0].startswith("-") else None
+    start = command if name is None else importlib.import_module(COMMANDS[name]).main
+    if name != "tax":
+        with pytest.raises(SystemExit):
+            start(["--help"])
+    else:  # its options are those of a study
+        with pytest.raises(SystemExit):
+            command(["--help"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in words if word.startswith("--")), words
+
+
 def test_every_file_stands_in_the_tree():
     """The captioned tree of "How it is built" names every module."""
     (tree,) = (code for language, code in BLOCKS if language == "text" and "optimizer.py" in code)
