@@ -1,7 +1,7 @@
 """Checkpoints: everything a step needs, whole or not at all, restored bit for bit.
 
     checkpoint/step-00000016/
-        model.safetensors     weights
+        model.safetensors     weights that are trained; frozen ones are those of the model that the run starts from
         optimizer.pt          the base optimizer's state dict (tensors and numbers only; loaded with weights_only)
         state.json            step, scheduler, schedule of objectives, size of metrics.jsonl, the manifest of the other files
         rng.safetensors       torch's generators
@@ -17,15 +17,13 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.files import replaced
@@ -42,6 +40,10 @@ class Progress:
     seconds: float = 0.0
     schedule: dict[str, Any] = field(default_factory=dict)
     """Where a schedule of objectives stands, in what JSON keeps; empty for methods without one."""
+    enough: str = ""
+    """Why the run ended before its last step; "" where it did not."""
+    costs: dict[str, float] = field(default_factory=dict)
+    """What the steps have cost so far (`harness.meter`)."""
 
 
 def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> Path:
@@ -52,7 +54,7 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimizer: Optimize
     final = folder / f"step-{progress.step:08d}"
     clear_leftovers(folder)
     with replaced(final) as temporary:
-        save_weights(model, str(temporary / "model.safetensors"))
+        save_file({name: p.contiguous() for name, p in trained(model).items()}, temporary / "model.safetensors")
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
         save_file(_rng(), temporary / "rng.safetensors")
         manifest = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(temporary.iterdir())}
@@ -74,12 +76,17 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Any
             warnings.warn(f"checkpoint {path} is not used: {problem}", stacklevel=2)
             continue
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        load_weights(model, str(path / "model.safetensors"))
+        load_weights(trained(model), load_file(path / "model.safetensors"), path)
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
         scheduler.load_state_dict(state["scheduler"])
         _restore_rng(load_file(path / "rng.safetensors"))
-        return Progress(state["step"], state["metrics_bytes"], state["seconds"], state.get("schedule", {}))
+        return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
     return None
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training moves, by name, each once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def found(folder: Path) -> list[Path]:
@@ -106,6 +113,19 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what a killed writer left behind."""
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(weights: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
+    """Write saved weights into the model's own; raises ValueError if they are not those of the same parameters."""
+    other = sorted(weights.keys() ^ saved.keys())
+    other += [name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape]
+    if other:
+        raise ValueError(
+            f"checkpoint {path} holds {len(saved)} trained tensors and the model trains {len(weights)}; {len(other)} differ in "
+            f"name or shape ({other[0]} first). Go on with the model that the run was started with, or delete the run's folder"
+        )
+    for name, value in saved.items():
+        weights[name].copy_(value)
 
 
 def _rng() -> dict[str, torch.Tensor]:

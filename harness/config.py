@@ -55,9 +55,33 @@ class WorldConfig:
     """Number of invented people; each has one value for each attribute."""
     sft_conversations: int = 20_000
     preference_pairs: int = 1024
+    newcomers: int = 0
+    """Further people, of whom the supervised conversations say nothing: their facts are in a file of their own, to be learned
+    beside the preference."""
     held_out_pairs: int = 128
     items: int = 128
     """Most test items a benchmark family holds."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), trained instead of the weights; peft's names and meanings."""
+
+    r: int = 8
+    """Rank of what is added to a weight."""
+    lora_alpha: float = 16
+    """What is added is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters while a gradient is taken; never in a measurement."""
+    target_modules: list[str] | str = "all-linear"
+    """Ends of the names of the modules that get one, e.g. [q_proj, v_proj]; all-linear: all but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1 or not self.target_modules:
+            raise ValueError(
+                f"model.lora is r {self.r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}, target_modules "
+                f"{self.target_modules}; expected r >= 1, lora_alpha > 0, 0 <= lora_dropout < 1 and at least one target"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,10 @@ class ModelConfig:
     """Compute in bfloat16 under autocast on an accelerator; ignored on a CPU."""
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported
+    models hold the sum. A model that is built from `architecture` has its supervised stage without, since it knows nothing
+    yet. null: train the weights."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +224,8 @@ class EvalConfig:
     """Only the first so many items of each task."""
     batch_size: int = 64
     max_new_tokens: int = 32
+    epochs: Literal["all", "last"] = "all"
+    """Which of a run's models are evaluated: after every epoch, or at its end alone."""
     style: str | None = None
     """JSON file {chosen_pattern, rejected_pattern}: regular expressions that tell the preferred style of a reply."""
     style_prompts: str | None = None
@@ -209,41 +239,59 @@ class PreferenceConfig(StageConfig):
 
     beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
     """Strengths of the methods that have one (dpo); each is a run of its own."""
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """Preference pairs and supervised rows in one run: the methods mix, alright, maxright, sequential and their kin.
+
+    Everything else is the preference stage's (pairs, optimizer, steps, `loss_reduction`, `train_on_prompt`): an epoch is a
+    pass over the pairs' batches, however the steps are shared, and each stream goes through its own rows at its own pace.
+    """
+
+    data: DataConfig | None = None
+    """Supervised rows of these methods; null: those of `sft.data`. `eval` rows are followed as `eval_loss`."""
     lambdas: list[float] = field(default_factory=lambda: [0.5])
-    """Weights of the preference loss, from 0 to 1, in the methods that also train on the supervised rows (mix, alright,
-    maxright, sequential), where the supervised loss has 1 - lambda; each is a run of its own. The supervised rows are those of
-    `sft.data.train`; their loss follows this stage's `loss_reduction` and `train_on_prompt`."""
-    joint_beta: float = 0.1
-    """Beta of the DPO loss in these methods."""
+    """Weights of the preference loss, from 0 to 1; the supervised loss has 1 - lambda. Each is a run of its own."""
+    evaluate_every: list[int] = field(default_factory=lambda: [10])
+    """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone.
+    Each is a run of its own."""
+    beta: float = 0.1
+    """Beta of the DPO loss, which every joint method is measured by."""
+    train_batch_size: int | None = None
+    """Supervised examples in one optimizer step; null: `preference.train_batch_size`."""
+    start: Literal["supervised", "base"] = "supervised"
+    """The model that these methods start from: the supervised stage's, or the one which that stage started from too. The
+    reference of the DPO loss is the supervised stage's model in both cases."""
+    objective_rows: int = 256
+    """Rows of each stream's training data, the same at every measurement, on which both objectives are measured."""
     optima: dict[str, float] | None = None
-    """For maxright: {preference: x, sft: y}, the least loss that each can reach; null: 0. Losses are as trained on: with
-    `loss_reduction: sum`, sft is the whole negative log-likelihood of an answer, many times a DPO loss."""
-    evaluate_every: int = 10
-    """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone."""
-    sft_batch_size: int | None = None
-    """Supervised examples in one optimizer step of these methods; null: `train_batch_size`."""
+    """{preference: x, sft: y}: the least value of each objective, which gaps are counted from. null: found by optimizing each
+    one alone, once a seed, in runs of `optima_epochs`."""
+    optima_epochs: int | None = None
+    """Epochs of the two runs that find the optima; null: `preference.num_train_epochs`."""
+    stop_gap: float | None = None
+    """Stop a run once an objective is this close to its optimum, or both are to a point of `stop_pareto`; null: never. The
+    paper's is 1e-4. Sequential runs and those that find the optima are not stopped."""
+    stop_pareto: list[list[float]] | None = None
+    """Pairs [preference, sft] of objectives that are good enough; null: where the finished ALRIGHT runs of this seed ended."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.joint_beta > 0:
-            raise ValueError(f"preference.joint_beta is {self.joint_beta}; expected a positive number")
+        if not self.beta > 0:
+            raise ValueError(f"joint.beta is {self.beta}; expected a positive number")
         if self.optima is not None and set(self.optima) != {"preference", "sft"}:
             raise ValueError(
-                f"preference.optima is {self.optima}; expected {{preference: x, sft: y}}, the least loss that each can reach, "
-                "or null for 0"
+                f"joint.optima is {self.optima}; expected {{preference: x, sft: y}}, the least value of each objective, or "
+                "null to have them found"
             )
-        if self.evaluate_every < 1 and self.evaluate_every != -1:
-            raise ValueError(f"preference.evaluate_every is {self.evaluate_every}; expected 1 or more steps, or -1")
-        size = self.sft_batch_size
-        if size is not None and (size < 1 or size % self.per_device_train_batch_size):
-            raise ValueError(
-                f"preference.sft_batch_size is {size}; expected a multiple of per_device_train_batch_size "
-                f"({self.per_device_train_batch_size}), or null for train_batch_size"
-            )
-
-
-JOINT_OPTIONS = ("lambdas", "joint_beta", "optima", "evaluate_every", "sft_batch_size")
-"""Options of the preference stage that only methods with a schedule read."""
+        for name, least in {"train_batch_size": 1, "objective_rows": 1, "optima_epochs": 1, "stop_gap": 0.0}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(
+                    f"joint.{name} is {value}; expected {least} or more" + ", or null" * (name != "objective_rows")
+                )
+        if self.stop_pareto is not None and any(len(point) != 2 for point in self.stop_pareto):
+            raise ValueError(f"joint.stop_pareto is {self.stop_pareto}; expected a list of pairs [preference, sft], or null")
 
 
 @dataclass(frozen=True)
@@ -262,13 +310,15 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
     """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
-    rows together: mix, alright, maxright, sequential; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf."""
+    rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
+    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sft: StageConfig = field(default_factory=sft_defaults)
     """The supervised stage; without training data the methods start from the model itself."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     data_dir: str | None = None
@@ -278,10 +328,23 @@ class Config:
     threads: int | None = None
     """CPU threads of torch; null: one a core."""
 
+    def __post_init__(self) -> None:
+        size, micro = self.joint.train_batch_size, self.preference.per_device_train_batch_size
+        if size is not None and size % micro:
+            raise ValueError(
+                f"joint.train_batch_size is {size}; expected a multiple of preference.per_device_train_batch_size ({micro}), "
+                "or null for preference.train_batch_size"
+            )
 
-LISTS = {"--methods", "--study.seeds", "--preference.beta", "--preference.lambdas", "--evals.lm_eval_tasks"} | {
-    f"--{stage}.data.{part}" for stage in ("sft", "preference") for part in ("train", "eval")
-}
+
+LISTS = {
+    "--methods",
+    "--study.seeds",
+    "--preference.beta",
+    "--joint.lambdas",
+    "--joint.evaluate_every",
+    "--evals.lm_eval_tasks",
+} | {f"--{stage}.data.{part}" for stage in ("sft", "preference", "joint") for part in ("train", "eval")}
 """Options that also take plain commas: --methods ogd,dpo."""
 
 

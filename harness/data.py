@@ -22,6 +22,7 @@ from harness.config import DataConfig
 from harness.rows import Message, Problem, Row, RowError, as_messages, rows
 
 Part = Literal["train", "eval"]
+Kind = Literal["sft", "joint", "preference"]
 CHUNK = 256  # rows tokenized in one call, which a fast tokenizer spreads over the cores
 SHOWN = 10  # problems listed in an error
 KEPT = 3  # places kept of each reason, in the report and in an error
@@ -109,12 +110,14 @@ class DataReport:
         return "\n".join(lines)
 
 
-def load_sft(config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> tuple[list[Example], DataReport]:
+def load_sft(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part, kind: Literal["sft", "joint"] = "sft"
+) -> tuple[list[Example], DataReport]:
     """The supervised examples of `config.train` or `config.eval`: last answers of conversations, completions, or plain texts.
 
     Raises ValueError if a source or a row cannot be used (`on_bad_row: error`), or if no row is left.
     """
-    loader = Loader(config, tokenizer, part, "sft")
+    loader = Loader(config, tokenizer, part, kind)
     examples = [example for _, (example,) in loader.sequences()]
     return examples, loader.finish(examples)
 
@@ -143,7 +146,7 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, par
     return Preferences(winners, losers, paired="chosen/rejected" in report.formats), report
 
 
-def texts(config: DataConfig, part: Part, kind: Literal["sft", "preference"]) -> Iterator[str]:
+def texts(config: DataConfig, part: Part, kind: Kind) -> Iterator[str]:
     """The text of every usable row, messages joined by newlines, to train a tokenizer on; the loaders name the other rows."""
     for row in rows(config, part, kind):
         if isinstance(row, Problem):
@@ -192,9 +195,7 @@ def collate(examples: Sequence[Example], pad_id: int, train_on_prompt: bool = Fa
 class Loader:
     """One pass over the rows of one option: encodes them and keeps account of what happens to each."""
 
-    def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part, kind: Literal["sft", "preference"]
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part, kind: Kind) -> None:
         self.config, self.part, self.kind = config, part, kind
         self.option = f"{kind}.data.{part}"
         self.encoder = Encoder(tokenizer)

@@ -16,8 +16,8 @@ class Method:
     """How a batch becomes one gradient.
 
     With `loss="nll"` each of `sides` gets a gradient of its own negative log-likelihood, and `rule` mixes them; any other
-    `loss` is an entry of `ogdopt.losses.LOSSES` and has one gradient, of pairs. With a `schedule` that loss is one of two
-    objectives; the other is the negative log-likelihood of the supervised rows (`harness.joint`).
+    `loss` is an entry of `ogdopt.losses.LOSSES` and has one gradient, of pairs. With a `schedule` the pairs are one of two
+    objectives; the other is the negative log-likelihood of the supervised rows (`harness.joint`), added to the winners'.
     """
 
     loss: str
@@ -30,7 +30,9 @@ class Method:
     metric: Metric = "euclidean"
     """Which change keeps the rule's promise: the gradient that the optimizer gets, or the parameter change that it makes."""
     schedule: type[Objective] | None = None
-    """Says whose step it is, the pairs' or the supervised rows'; one run for each value of `preference.lambdas`."""
+    """Says whose step it is, the pairs' or the supervised rows'; one run for each value of `joint.lambdas`."""
+    first: str = "preference"
+    """The stream that `SequentialObjective` begins with."""
 
     @property
     def two_gradients(self) -> bool:
@@ -43,27 +45,38 @@ class Method:
         return "lambda" if self.schedule else "beta" if self.beta else None
 
     @property
-    def pairwise(self) -> bool:
-        """Whether it needs chosen and rejected completions of the same prompt."""
-        return self.loss != "nll"
+    def evaluates(self) -> bool:
+        """Whether `joint.evaluate_every` is a hyper-parameter too."""
+        return self.schedule is MaxGapObjective
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether it needs chosen and rejected completions of the same prompt: with a schedule the DPO loss is measured."""
+        return self.loss != "nll" or self.schedule is not None
+
+
+PAIR, APART = ("winner", "loser"), ("loser", "winner")
 
 METHODS: dict[str, Method] = {
     "sft": Method("nll", ("winner",), label="SFT on winners"),
-    "dpo": Method("dpo", ("winner", "loser"), beta=True, label="DPO"),
-    "ogd": Method("nll", ("loser", "winner"), orthogonal, label="OGD"),
-    "ogd_metric": Method("nll", ("loser", "winner"), orthogonal, label="OGD (own metric)", metric="optimizer"),
-    "mix": Method("dpo", ("winner", "loser"), label="Mix", schedule=MixedObjective),
-    "alright": Method("dpo", ("winner", "loser"), label="ALRIGHT", schedule=AlternatingObjective),
-    "maxright": Method("dpo", ("winner", "loser"), label="MAXRIGHT", schedule=MaxGapObjective),
-    "sequential": Method("dpo", ("winner", "loser"), label="Sequential", schedule=SequentialObjective),
-    "r_dpo": Method("r_dpo", ("winner", "loser"), beta=True, label="R-DPO"),
-    "dpop": Method("dpop", ("winner", "loser"), beta=True, label="DPOP"),
-    "ipo": Method("ipo", ("winner", "loser"), beta=True, label="IPO"),
-    "sppo": Method("sppo", ("winner", "loser"), beta=True, label="SPPO"),
-    "simpo": Method("simpo", ("winner", "loser"), beta=True, label="SimPO"),
-    "cpo": Method("cpo", ("winner", "loser"), beta=True, label="CPO"),
-    "slic_hf": Method("slic_hf", ("winner", "loser"), label="SLiC-HF"),
+    "dpo": Method("dpo", PAIR, beta=True, label="DPO"),
+    "ogd": Method("nll", APART, orthogonal, label="OGD"),
+    "ogd_metric": Method("nll", APART, orthogonal, label="OGD (own metric)", metric="optimizer"),
+    "mix": Method("dpo", PAIR, label="Mix", schedule=MixedObjective),
+    "alright": Method("dpo", PAIR, label="ALRIGHT", schedule=AlternatingObjective),
+    "maxright": Method("dpo", PAIR, label="MAXRIGHT", schedule=MaxGapObjective),
+    "sequential": Method("dpo", PAIR, label="Sequential", schedule=SequentialObjective),
+    "sequential_sft_first": Method("dpo", PAIR, label="Sequential (SFT first)", schedule=SequentialObjective, first="sft"),
+    "mix_ogd": Method("nll", APART, orthogonal, label="Mix + OGD", schedule=MixedObjective),
+    "alright_ogd": Method("nll", APART, orthogonal, label="ALRIGHT + OGD", schedule=AlternatingObjective),
+    "maxright_ogd": Method("nll", APART, orthogonal, label="MAXRIGHT + OGD", schedule=MaxGapObjective),
+    "r_dpo": Method("r_dpo", PAIR, beta=True, label="R-DPO"),
+    "dpop": Method("dpop", PAIR, beta=True, label="DPOP"),
+    "ipo": Method("ipo", PAIR, beta=True, label="IPO"),
+    "sppo": Method("sppo", PAIR, beta=True, label="SPPO"),
+    "simpo": Method("simpo", PAIR, beta=True, label="SimPO"),
+    "cpo": Method("cpo", PAIR, beta=True, label="CPO"),
+    "slic_hf": Method("slic_hf", PAIR, label="SLiC-HF"),
 }
 
 
@@ -77,15 +90,21 @@ class RunSpec:
     label: str
     weight: float | None = None
     """Lambda of a method with a schedule."""
+    evaluate_every: int | None = None
+    """Of a method that evaluates its objectives."""
 
 
-def runs(methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5,)) -> list[RunSpec]:
-    """All runs of a study, in the order of `methods`; one for each of `betas` or `lambdas` where a method has such a one.
+def runs(
+    methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5,), evaluate_every: Sequence[int] = (10,)
+) -> list[RunSpec]:
+    """All runs of a study, in the order of `methods`; one for each of `betas`, or of `lambdas` (and of `evaluate_every`),
+    where a method has such a one.
 
-    Raises ValueError for an unknown or repeated method, a beta that is not positive and a lambda outside of [0, 1].
+    Raises ValueError for an unknown or repeated method, a beta that is not positive, a lambda outside of [0, 1] and an
+    `evaluate_every` that is neither 1 or more nor -1.
 
-    >>> [run.name for run in runs(["sft", "dpo", "ogd", "alright"], [0.2, 0.1], [0.5])]
-    ['sft', 'dpo_beta0.2', 'dpo_beta0.1', 'ogd', 'alright_lambda0.5']
+    >>> [run.name for run in runs(["sft", "dpo", "ogd", "maxright"], [0.2, 0.1], [0.5])]
+    ['sft', 'dpo_beta0.2', 'dpo_beta0.1', 'ogd', 'maxright_lambda0.5_every10']
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
@@ -94,7 +113,12 @@ def runs(methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5
     if "beta" in swept and (not betas or min(betas) <= 0 or len(set(betas)) != len(betas)):
         raise ValueError(f"preference.beta is {betas}; expected one or more different positive numbers")
     if "lambda" in swept and (not lambdas or not all(0 <= x <= 1 for x in lambdas) or len(set(lambdas)) != len(lambdas)):
-        raise ValueError(f"preference.lambdas is {lambdas}; expected one or more different numbers from 0 to 1")
+        raise ValueError(f"joint.lambdas is {lambdas}; expected one or more different numbers from 0 to 1")
+    known = bool(evaluate_every) and all(k >= 1 or k == -1 for k in evaluate_every)
+    if not known or len(set(evaluate_every)) != len(evaluate_every):
+        raise ValueError(
+            f"joint.evaluate_every is {evaluate_every}; expected one or more different numbers of steps, or -1 for step 0 alone"
+        )
     specs = []
     for name in methods:
         method = METHODS[name]
@@ -102,6 +126,12 @@ def runs(methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5
             specs.append(RunSpec(name, None, name, method.label))
         elif method.swept == "beta":
             specs += [RunSpec(name, x, f"{name}_beta{x:g}", f"{method.label} β={x:g}") for x in betas]
+        elif method.evaluates:
+            specs += [
+                RunSpec(name, None, f"{name}_lambda{x:g}_every{k}", f"{method.label} λ={x:g} k={k}", x, k)
+                for x in lambdas
+                for k in evaluate_every
+            ]
         else:
             specs += [RunSpec(name, None, f"{name}_lambda{x:g}", f"{method.label} λ={x:g}", x) for x in lambdas]
     return specs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from harness.adapters import adapted, bare, save
 from harness.config import ModelConfig
 from harness.files import replaced
 from ogdopt.losses import Completion
@@ -109,8 +110,11 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
         ) from error
 
 
-def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ."""
+def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
+
+    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -121,7 +125,10 @@ def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device) -
             enable()
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).train()  # type: ignore[arg-type]
+        if config.lora is not None:
+            model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
+    trained: Any = model if config.lora is None else adapted(model, config.lora, seed)
+    return trained.to(device).train()
 
 
 def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Completion:
@@ -130,6 +137,7 @@ def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
     The arguments are a batch's, each (B, T). The head runs at the scored positions alone, so the logits are (scored tokens, V)
     and never (B, T, V).
     """
+    model = bare(model)
     scored = loss_mask[:, 1:]
     targets = input_ids[:, 1:][scored]
     head = model.get_output_embeddings()
@@ -144,9 +152,12 @@ def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all."""
+    """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all.
+
+    Adapters are merged into its weights, and stand by themselves in `adapter/`.
+    """
     with replaced(folder) as temporary:
-        model.save_pretrained(temporary)
+        save(model, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 

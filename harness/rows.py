@@ -17,9 +17,11 @@ from harness.sources import Problem, RowError, kind_of, read, short
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+SUPERVISED = {"prompt/completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 # kind of data -> format -> the columns it needs; the first that fits is taken
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": {"prompt/completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)},
+    "sft": SUPERVISED,
+    "joint": SUPERVISED,
     "preference": {"chosen/rejected": ("chosen", "rejected"), "prompt/completion/label": ("prompt", "completion", "label")},
 }
 OPTIONAL = {"chosen/rejected": ("prompt", "input"), "prompt/completion/label": ("input",), "prompt/completion": ("input",)}
@@ -42,8 +44,8 @@ class Row:
 def rows(config: DataConfig, part: str, kind: str) -> Iterator[Row | Problem]:
     """Every row of `config.train` or `config.eval`, in order, checked, at most `max_<part>_rows` of them.
 
-    kind is "sft" or "preference". Raises ValueError where no row can be read at all: no source, no such file or data set, a
-    broken archive, a `columns` entry that is none of ours.
+    kind is "sft", "joint" (supervised rows too) or "preference". Raises ValueError where no row can be read at all: no source,
+    no such file or data set, a broken archive, a `columns` entry that is none of ours.
     """
     option = f"{kind}.data.{part}"
     sources = config.train if part == "train" else config.eval

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 LAST = ("ogd", "ogd_metric")  # methods behind all others, as in the paper's table
-NOT_RUNS = {"data", "tokenizer", "supervised"}
+NOT_RUNS = {"data", "tokenizer", "supervised", "optima"}
 NUMBERED = re.compile(r"(?:seed|epoch)-(\d+)")
 
 
@@ -102,6 +102,10 @@ class Run:
     metrics: list[dict[str, float]]
     evaluations: dict[int, Path]
     complete: dict[str, Any]
+    weight: float | None = None
+    """Lambda of a joint run: the weight of the preference objective."""
+    evaluate_every: int | None = None
+    """Steps between a joint run's evaluations of both objectives, where it has such."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one logged quantity; empty lists where it was not logged."""
@@ -123,6 +127,7 @@ class SeedRuns:
     reference: Path
     supervised: dict[str, Any]  # its complete.json; empty without supervised training
     runs: dict[str, Run]
+    optima: dict[str, float] | None = None  # least value of each objective of the joint runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +147,7 @@ class Study:
 
         def order(run: Run) -> tuple:
             last = LAST.index(run.method) if run.method in LAST else -1
-            return last, methods.index(run.method), -(run.beta or 0), run.name
+            return last, methods.index(run.method), run.weight or 0, run.evaluate_every or 0, -(run.beta or 0), run.name
 
         return {run.name: run for run in sorted(found.values(), key=order)}
 
@@ -156,8 +161,8 @@ def read_study(directory: str | Path) -> Study:
             f"{directory} holds no seed-<k> folder; expected the directory of a study that harness/run.py has made"
         )
     incomplete: list[str] = []
-    seeds = [seed for folder in folders if (seed := _read_seed(folder, incomplete)) is not None]
     config = _yaml(directory / "config.yaml")
+    seeds = [seed for folder in folders if (seed := _read_seed(folder, incomplete, config.get("config") or config)) is not None]
     incomplete += _never_started(config, seeds, incomplete)
     if not any(seed.runs for seed in seeds):
         raise ValueError(
@@ -166,10 +171,11 @@ def read_study(directory: str | Path) -> Study:
     return Study(directory, config, [seed for seed in seeds if seed.runs], incomplete)
 
 
-def _read_seed(folder: Path, incomplete: list[str]) -> SeedRuns | None:
+def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any]) -> SeedRuns | None:
     runs: dict[str, Run] = {}
+    last_alone = (config.get("evals") or {}).get("epochs") == "last"
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
-        if (reason := _unfinished(path)) is None:
+        if (reason := _unfinished(path, last_alone)) is None:
             runs[path.name] = _read_run(path)
         else:
             incomplete.append(f"{folder.name}/{path.name}: {reason}")
@@ -179,7 +185,9 @@ def _read_seed(folder: Path, incomplete: list[str]) -> SeedRuns | None:
     interrupted = not complete and (supervised / "metrics.jsonl").exists()
     last = int(complete.get("epochs") or 0)
     if evaluations and not interrupted and max(evaluations) >= last:
-        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs)
+        found = folder / "optima" / "optima.json"
+        optima = (config.get("joint") or {}).get("optima") or (_json(found) if found.exists() else None)
+        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs, optima)
     missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
     if runs:
         raise ValueError(
@@ -202,8 +210,8 @@ def _never_started(config: dict[str, Any], seeds: list[SeedRuns], incomplete: li
     return [f"{name}: not started" for name in missing if name not in named]
 
 
-def _unfinished(path: Path) -> str | None:
-    """Why a run cannot be reported, or None."""
+def _unfinished(path: Path, last_alone: bool) -> str | None:
+    """Why a run cannot be reported, or None; with `last_alone` its last epoch is all that has to be evaluated."""
     if not (path / "config.yaml").exists():
         return "no config.yaml, it never started"
     if not (path / "complete.json").exists():
@@ -211,7 +219,8 @@ def _unfinished(path: Path) -> str | None:
     epochs = set(_numbered(path / "model", "epoch-*")) | set(
         range(1, int(_json(path / "complete.json").get("epochs") or 0) + 1)
     )
-    missing = sorted(epochs - set(_numbered(path / "evals", "epoch-*.json")))
+    missing = sorted({max(epochs, default=1)} if last_alone else epochs)
+    missing = [epoch for epoch in missing if epoch not in _numbered(path / "evals", "epoch-*.json")]
     if missing or not epochs:
         return f"epoch {', '.join(map(str, missing)) or '1'} is not evaluated"
     return None
@@ -228,7 +237,9 @@ def _read_run(path: Path) -> Run:
     evaluations = dict(sorted((n, p) for n, p in _numbered(path / "evals", "epoch-*.json").items() if n > 0))
     complete = _json(path / "complete.json")
     metrics = _metrics(path / "metrics.jsonl")
-    return Run(path.name, label, str(what["method"]), None if beta is None else float(beta), metrics, evaluations, complete)
+    joint = {"weight": what.get("lambda"), "evaluate_every": what.get("evaluate_every")}
+    beta = None if beta is None else float(beta)
+    return Run(path.name, label, str(what["method"]), beta, metrics, evaluations, complete, **joint)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

@@ -9,17 +9,17 @@ import platform
 import shlex
 import subprocess
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from harness.config import JOINT_OPTIONS, Config, DataConfig, EvalConfig, StageConfig, as_dict
+from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Preferences, load_preferences, load_sft, texts
 from harness.files import write_json, write_text
-from harness.joint import Joint
+from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import RunSpec, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
@@ -39,12 +39,12 @@ class SeedStudy:
         self.device = torch.device(_device(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.specs = runs(config.methods, config.preference.beta, config.preference.lambdas)
+        self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
-        if joint and not config.sft.data.train:
+        if joint and not (config.joint.data or config.sft.data).train:
             raise ValueError(
-                f"{joint[0]} trains on the supervised rows beside the pairs, but sft.data.train is empty; expected JSONL files "
-                "or hub data sets, e.g. --sft.data.train rows.jsonl"
+                f"{joint[0]} trains on supervised rows beside the pairs, but joint.data.train and sft.data.train are empty; "
+                "expected JSONL files or hub data sets, e.g. --joint.data.train rows.jsonl"
             )
 
     def prepare(self) -> None:
@@ -65,57 +65,134 @@ class SeedStudy:
             if self._epochs(config.sft):
                 model = self._fresh_model()
                 recipe = as_dict(config.sft)
-                base = config.model.model_name_or_path or f"a fresh {config.model.architecture.get('model_type')}"
                 data = Preferences(self._supervised_rows["train"], [], paired=False)
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
-                job = dataclasses.replace(job, seed=config.sft.seed, base=base, recipe=recipe, validation=held_out)
-                train(job, prepare(model, config.model, self.device), self.tokenizer, self.device, config.model.bf16)
+                job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
+                fresh = config.model.model_name_or_path is None
+                settings = dataclasses.replace(config.model, lora=None) if fresh else config.model
+                model = prepare(model, settings, self.device, config.sft.seed)
+                train(job, model, self.tokenizer, self.device, config.model.bf16)
             else:
                 write_json(directory / "complete.json", {"steps": 0, "epochs": 0, "seconds": 0.0})
         self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
 
     def method(self, spec: RunSpec) -> None:
-        """Train one method from the supervised model, and evaluate each of its epochs."""
-        config, directory = self.config, self.home / spec.name
+        """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
+        directory = self.home / spec.name
+        facts: dict[str, Any] = {"name": spec.name, "kind": "method", "method": spec.method, "label": spec.label}
+        stage = self._stage_settings("beta")
         if spec.weight is None:
-            beta, words, unused = spec.beta, {}, ("beta", *JOINT_OPTIONS)
+            facts["beta"], joint = spec.beta, None
         else:
-            beta, words, unused = config.preference.joint_beta, {"lambda": spec.weight}, ("beta", "lambdas")
-        # What a run does not read, and what names it, may differ from what an earlier run of the study was made with.
-        stage = {k: v for k, v in as_dict(config.preference).items() if k not in unused}
-        facts = {"name": spec.name, "kind": "method", "method": spec.method, "beta": beta, "label": spec.label} | words
-        sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
-        record(directory, sections, facts | {"seed": config.preference.seed})
+            facts |= {"beta": self.config.joint.beta, "lambda": spec.weight, "evaluate_every": spec.evaluate_every}
+            joint = self._joint_settings()
+        self._record(directory, facts, stage, joint)
         if not (directory / "complete.json").is_file():
-            rows = self._preference_rows
-            joint = None if spec.weight is None else self._joint(spec.weight)
-            job = Job(
-                directory,
-                spec.name,
-                f"[seed {self.seed}] {spec.label}",
-                spec.method,
-                config.preference,
-                rows["train"],
-                rows.get("eval"),
-                beta=beta,
-                seed=config.preference.seed,
-                base=str(self.start),
-                recipe={"method": spec.method, "beta": beta} | words | stage,
-                validation=self._supervised_rows.get("eval", []) if joint else (),
-                joint=joint,
-            )
-            model = prepare(load_model(config.model, self.start), config.model, self.device)
-            train(job, model, self.tokenizer, self.device, config.model.bf16)
-        for epoch in range(1, json.loads((directory / "complete.json").read_text())["epochs"] + 1):
+            self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        epochs = json.loads((directory / "complete.json").read_text())["epochs"]
+        for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
 
-    def _joint(self, weight: float) -> Joint:
-        """The supervised stream of a joint run."""
-        preference = self.config.preference
-        size = preference.sft_batch_size or preference.train_batch_size
-        rows = self._supervised_rows["train"]
-        return Joint(rows, weight, size, preference.optima, preference.evaluate_every)
+    def _stage_settings(self, *unread: str) -> dict[str, Any]:
+        """The preference stage's settings without those that a run does not read, or that are in its name."""
+        return {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+
+    def _joint_settings(self) -> dict[str, Any]:
+        settings = as_dict(self.config.joint)
+        return {k: v for k, v in settings.items() if k not in ("lambdas", "evaluate_every")}
+
+    def _record(self, directory: Path, facts: dict[str, Any], stage: dict[str, Any], joint: dict[str, Any] | None) -> None:
+        config = self.config
+        sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
+        record(directory, sections | ({"joint": joint} if joint else {}), facts | {"seed": config.preference.seed})
+
+    def _train(
+        self,
+        directory: Path,
+        spec: RunSpec,
+        facts: dict[str, Any],
+        recipe: dict[str, Any],
+        optima: dict[str, float] | None = None,
+        **changes: Any,
+    ) -> None:
+        config, rows = self.config, self._preference_rows
+        joint = None if spec.weight is None else self._joint(spec, optima)
+        fresh = joint is not None and config.joint.start == "base"
+        job = Job(
+            directory,
+            spec.name,
+            f"[seed {self.seed}] {spec.label}",
+            spec.method,
+            dataclasses.replace(config.preference, **changes),
+            rows["train"],
+            rows.get("eval"),
+            beta=facts["beta"],
+            seed=config.preference.seed,
+            base=self._base_words if fresh else str(self.start),
+            recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
+            validation=self._joint_rows.get("eval", []) if joint else (),
+            joint=joint,
+        )
+        reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
+        model = self._fresh_model() if fresh else load_model(config.model, self.start)
+        train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference)
+
+    def _prepared(self, model: Any) -> Any:
+        return prepare(model, self.config.model, self.device, self.config.preference.seed)
+
+    def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
+        """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""
+        joint = self.config.joint
+        assert spec.weight is not None
+        return Joint(
+            self._joint_rows["train"],
+            spec.weight,
+            joint.train_batch_size or self.config.preference.train_batch_size,
+            self.optima if optima is None else optima or None,
+            spec.evaluate_every or 1,
+            joint.objective_rows,
+            joint.stop_gap if optima is None else None,
+            self._good_enough(spec),
+        )
+
+    @cached_property
+    def optima(self) -> dict[str, float]:
+        """The least value of each objective: as configured, or found by optimizing each one alone, and kept in `optima/`."""
+        given, folder = self.config.joint.optima, self.home / "optima"
+        if given is not None:
+            return given
+        stage = self._stage_settings("beta")
+        joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
+        found = {}
+        for name, weight in (("preference", 1.0), ("sft", 0.0)):
+            spec = RunSpec("alright", None, name, f"optimum of {name}", weight)
+            facts = {"name": name, "kind": "optimum", "method": "alright", "label": spec.label, "beta": self.config.joint.beta}
+            self._record(folder / name, facts | {"lambda": weight}, stage, joint)
+            if not (folder / name / "complete.json").is_file():
+                epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
+                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs)
+            lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+            found[name] = min(line[key] for line in lines if (key := f"eval_objective/{name}") in line)
+        write_json(folder / "optima.json", found)
+        return found
+
+    def _good_enough(self, spec: RunSpec) -> list[list[float]]:
+        """Points [preference, sft] at which a run may stop: as configured, or where this seed's ALRIGHT runs have ended."""
+        given = self.config.joint.stop_pareto
+        if given is not None or spec.method == "alright":
+            return given or []
+        points = []
+        for done in sorted(self.home.glob("alright_lambda*/complete.json")):
+            last = json.loads((done.parent / "metrics.jsonl").read_text().splitlines()[-1])
+            points.append([last[f"eval_objective/{name}"] for name in STREAMS])
+        return points
+
+    @property
+    def _base_words(self) -> str:
+        """What the supervised stage starts from, in words."""
+        config = self.config.model
+        return config.model_name_or_path or f"a fresh {config.architecture.get('model_type')}"
 
     @property
     def start(self) -> Path | str:
@@ -138,6 +215,12 @@ class SeedStudy:
     def _preference_rows(self) -> dict[str, Any]:
         return self._loaded("preference", self.config.preference.data, load_preferences)
 
+    @cached_property
+    def _joint_rows(self) -> dict[str, Any]:
+        if self.config.joint.data is None:
+            return self._supervised_rows
+        return self._loaded("joint", self.config.joint.data, partial(load_sft, kind="joint"))
+
     def _loaded(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
         """Rows of both parts, checked; what was left out is printed and kept in data_report.json."""
         found, reports = {}, {}
@@ -156,8 +239,9 @@ class SeedStudy:
         return found
 
     def _texts(self) -> Any:
-        for kind, data in (("sft", self.config.sft.data), ("preference", self.config.preference.data)):
-            if data.train:
+        config = self.config
+        for kind, data in (("sft", config.sft.data), ("preference", config.preference.data), ("joint", config.joint.data)):
+            if data is not None and data.train:
                 yield from texts(data, "train", kind)  # type: ignore[arg-type]
 
     def _fresh_model(self) -> Any:
@@ -206,12 +290,17 @@ def located(config: Config, data: str, seed: int) -> Config:
         rows = dataclasses.replace(stage.data, train=filled(stage.data.train), eval=filled(stage.data.eval))
         return dataclasses.replace(stage, data=rows, seed=stage.seed + seed)
 
+    joint = config.joint
+    if joint.data is not None:
+        rows = dataclasses.replace(joint.data, train=filled(joint.data.train), eval=filled(joint.data.eval))
+        joint = dataclasses.replace(joint, data=rows)
     evals: EvalConfig = config.evals
     tasks = [dataclasses.replace(task, path=filled(task.path)) for task in evals.tasks]
     files = {name: filled(getattr(evals, name)) for name in ("style", "style_prompts", "lm_eval_data")}
     evals = dataclasses.replace(evals, tasks=tasks, **files)
     world = config.world and dataclasses.replace(config.world, seed=config.world.seed + seed)
-    return dataclasses.replace(config, world=world, evals=evals, sft=data_of(config.sft), preference=data_of(config.preference))
+    stages = {"sft": data_of(config.sft), "preference": data_of(config.preference), "joint": joint}
+    return dataclasses.replace(config, world=world, evals=evals, **stages)
 
 
 def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,12 +30,13 @@ from harness import checkpoints
 from harness.config import StageConfig
 from harness.data import Example, Preferences, collate, order
 from harness.files import write_json
-from harness.joint import Joint
+from harness.joint import STREAMS, Joint
+from harness.meter import Meter, utilization
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
 from ogdopt import PairedGradient, StepReport
 from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
-from ogdopt.objectives import MixedObjective, Objective, OneAtATime
+from ogdopt.objectives import MixedObjective, Objective, OneAtATime, SequentialObjective
 
 EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
@@ -130,19 +131,36 @@ class Plan:
         return order(n, seed, epoch + 100_000 * lap)[position * size : (position + 1) * size]
 
 
-def train(job: Job, model: PreTrainedModel, tokenizer: Any, device: torch.device, bf16: bool = False) -> None:
+def train(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    device: torch.device,
+    bf16: bool = False,
+    reference: Callable[[], PreTrainedModel] | None = None,
+) -> None:
     """Run a job to its end, or continue it: metrics.jsonl, checkpoint/, model/epoch-n and, last, complete.json.
 
-    Raises Stopped after saving when the process is asked to stop (Ctrl-C, SIGTERM).
+    `reference` loads the reference model where that is not `model` itself; only its log-probabilities are kept. Raises Stopped
+    after saving when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    Trainer(job, model, tokenizer, device, bf16).run()
+    Trainer(job, model, tokenizer, device, bf16, reference).run()
 
 
 class Trainer:
     """The state of one training run while it lasts."""
 
-    def __init__(self, job: Job, model: PreTrainedModel, tokenizer: Any, device: torch.device, bf16: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        device: torch.device,
+        bf16: bool,
+        reference: Callable[[], PreTrainedModel] | None = None,
+    ) -> None:
         self.job, self.model, self.tokenizer, self.device = job, model, tokenizer, device
+        self.load_reference = reference
         self.method: Method = METHODS[job.method]
         self.plan = job.plan
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
@@ -154,7 +172,7 @@ class Trainer:
         self.reference: dict[str, Tensor] = {}
         self.objective: Objective | None = None
         if job.joint is not None and self.method.schedule is not None:
-            self.objective = job.joint.objective(self.method.schedule, self.plan.steps, job.seed)
+            self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
         self.streams = job.streams
         self.taken = dict.fromkeys(self.streams, 0)
         """Steps that each stream of a joint run has had."""
@@ -175,11 +193,13 @@ class Trainer:
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
                 self.taken = dict(progress.schedule["taken"])
+        meter = Meter(self.device)
         bar = tqdm(total=plan.steps, initial=progress.step, desc=job.label, unit="step", leave=False, dynamic_ncols=True)
         with bar, stop_signals() as asked:
             mark = time.perf_counter()
-            while progress.step < plan.steps:
-                line = self._step(progress.step)
+            while progress.step < plan.steps and not progress.enough:
+                with meter:
+                    line = self._step(progress.step)
                 progress.step += 1
                 mark, progress.seconds = time.perf_counter(), progress.seconds + time.perf_counter() - mark
                 bar.update()
@@ -187,25 +207,40 @@ class Trainer:
                 epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
                 if epoch_ends or progress.step % self._eval_steps() == 0:
                     line |= self._measure()
-                if epoch_ends or progress.step % job.config.logging_steps == 0 or "eval_loss" in line:
+                    progress.enough = self._enough(line)
+                    epoch_ends = epoch_ends or bool(progress.enough)
+                if epoch_ends or progress.step % job.config.logging_steps == 0 or self._measured(line):
                     self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
                 if epoch_ends:
                     self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
                 due = job.config.save_steps and progress.step % job.config.save_steps == 0
                 if epoch_ends or due or asked:
+                    progress.costs = meter.added_to(progress.costs)
                     self._save(progress)
                 if asked:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}")
-        done = {"steps": plan.steps, "epochs": math.ceil(plan.steps / plan.steps_per_epoch)}
-        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps}
-        write_json(job.directory / "complete.json", done)
+        done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
+        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
+        write_json(job.directory / "complete.json", done | ({"stopped": progress.enough} if progress.enough else {}))
+
+    def _enough(self, line: dict[str, float]) -> str:
+        """Why this run may end before its last step; "" where it may not. One after the other always runs to its end."""
+        joint = self.job.joint
+        if joint is None or self.method.schedule is SequentialObjective:
+            return ""
+        return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
+
+    @staticmethod
+    def _measured(line: dict[str, float]) -> bool:
+        return any(name.startswith("eval_") for name in line)
 
     def _optimizer(self) -> PairedGradient:
         """The configured optimizer under the method's rule; raises ValueError where torch or the library refuses it."""
         method, config = self.method, self.job.config
         options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
         try:
-            base = getattr(torch.optim, config.optimizer)(self.model.parameters(), lr=config.learning_rate, **options)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            base = getattr(torch.optim, config.optimizer)(trained, lr=config.learning_rate, **options)
             return PairedGradient(
                 base,
                 method.rule,
@@ -232,27 +267,40 @@ class Trainer:
         elif self.method.pairwise:
             self._collect(self._pair_losses(winners, sums), sums)
         else:
-            rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
-            for side in self.method.sides:
-                examples, indices = rows[side]
-                self._collect_side(side, [examples[i] for i in indices], sums)
+            self._collect_sides(winners, losers, sums)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         report: StepReport = self.optimizer.step()
         self.scheduler.step()
         return self._line(sums, report, learning_rate, time.perf_counter() - began) | known
 
-    def _collect_side(self, side: str, examples: list[Example], sums: dict[str, Tensor]) -> None:
-        """All micro-batches of one side: the gradient of the mean negative log-likelihood."""
+    def _collect_sides(
+        self, winners: list[int], losers: list[int], sums: dict[str, Tensor], weight: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Each side's gradient, one side after the other; returns their log-probabilities, (N,) each."""
+        rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
+        return {
+            side: self._collect_side(side, [rows[side][0][i] for i in rows[side][1]], sums, weight)
+            for side in self.method.sides
+        }
+
+    def _collect_side(self, side: str, examples: list[Example], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
+        """All micro-batches of one side: the gradient of `weight` times the mean negative log-likelihood.
+
+        Returns the log-probabilities, (N,).
+        """
         name = {"winner": "chosen", "loser": "rejected"}[side]
+        found = []
         with getattr(self.optimizer, side)():
             for micro in chunks(examples, self.job.config.per_device_train_batch_size):
                 completion = self._score(micro)
-                loss = nll(completion, self.job.config.loss_reduction).sum() / len(examples)
+                loss = weight * nll(completion, self.job.config.loss_reduction).sum() / len(examples)
                 loss.backward()
+                found.append(completion.logp.detach())
                 _add(sums, **{f"logps/{name}": completion.logp.mean() * len(micro) / len(examples)})
                 _add(sums, tokens=completion.length.sum())
                 if side == "winner":
                     _add(sums, loss=loss)
+        return torch.cat(found)
 
     def _collect_scheduled(self, objective: Objective, sums: dict[str, Tensor]) -> dict[str, float]:
         """All micro-batches of the streams whose step this is; returns what the schedule goes by.
@@ -281,12 +329,23 @@ class Trainer:
             used = [name]
         for name in used:
             self.taken[name] += 1
-        return known
+        return known | {f"epoch/{name}": n / self.streams[name].steps_per_epoch for name, n in self.taken.items()}
 
     def _collect_stream(self, name: str, indices: list[int], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        loss = self._collect(self._losses(name, indices, sums), sums, weight)
+        """The gradient of one stream's batch; returns its objective, whatever loss the gradient is of."""
+        if name == "preference" and self.method.loss == "nll":
+            logps = self._collect_sides(indices, indices, sums, weight)
+            A, B = self._references(indices)
+            loss = dpo_of(logps["winner"], logps["loser"], A, B, self.job.beta or EVAL_BETA).mean()
+        else:
+            loss = self._collect(self._losses(name, indices, sums), sums, weight)
         _add(sums, **{f"objective/{name}": loss})
         return loss
+
+    def _references(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities of the chosen and of the rejected answers of these pairs, (N,) each."""
+        A, B = (self.reference[f"train_{side}"][indices].to(self.device) for side in ("chosen", "rejected"))
+        return A, B
 
     def _losses(self, name: str, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
         return (self._pair_losses if name == "preference" else self._supervised_losses)(indices, sums)
@@ -312,15 +371,14 @@ class Trainer:
     def _pair_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
-        entry = LOSSES[self.method.loss]
+        entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
         for micro in chunks(indices, self.job.config.per_device_train_batch_size):
             n = len(micro)
             both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
             chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
             pairs = Pairs(chosen, rejected)
             if entry.reference:
-                A, B = (self.reference[f"train_{side}"][micro].to(self.device) for side in ("chosen", "rejected"))
-                pairs = Pairs(chosen, rejected, A, B)
+                pairs = Pairs(chosen, rejected, *self._references(micro))
             share = n / len(indices)
             _add(sums, tokens=both.length.sum())
             _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
@@ -339,9 +397,10 @@ class Trainer:
         line = {name: float(value) for name, value in sums.items()}
         tokens = line.pop("tokens")
         line |= {"learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens_per_second": tokens / seconds}
+        line |= utilization(self.device)
         if report.skipped:
             line["skipped"] = 1.0
-        if self.method.two_gradients:
+        if self.method.two_gradients and "logps/rejected" in line:  # not in a supervised step of a schedule
             coefficient = report.coefficients
             assert isinstance(coefficient, tuple)
             line |= {
@@ -361,14 +420,16 @@ class Trainer:
 
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------
 
-    def _logps(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """(sums over tokens, numbers of tokens) of the completions, each (N,), on the CPU, without gradients."""
+    def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
+        """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
         sums, lengths = [], []
+        self.model.eval()  # adapters may have dropout
         with torch.no_grad():
             for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
-                completion = self._score(micro, on_prompt=False)
+                completion = self._score(micro, on_prompt)
                 sums.append(completion.logp.cpu())
                 lengths.append(completion.length.cpu())
+        self.model.train()
         return torch.cat(sums), torch.cat(lengths)
 
     def _reference(self) -> dict[str, Tensor]:
@@ -376,17 +437,35 @@ class Trainer:
         file = self.job.directory / "reference.safetensors"
         if file.is_file():
             return load_file(file)
+        with self._as_reference():
+            found = self._reference_logps()
+        if found:
+            temporary = file.with_suffix(".tmp")
+            save_file(found, temporary)
+            os.replace(temporary, file)
+        return found
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Score with the reference model, if that is another one than the model to be trained."""
+        if self.load_reference is None:
+            yield
+            return
+        trained = self.model
+        self.model = self.load_reference()
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def _reference_logps(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        if self.method.pairwise and LOSSES[self.method.loss].reference:
+        if self.method.schedule or (self.method.pairwise and LOSSES[self.method.loss].reference):
             found["train_chosen"] = self._logps(self.job.data.winners)[0]
             found["train_rejected"] = self._logps(self.job.data.losers)[0]
         if self.job.held_out is not None:
             found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
             found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
-        if found:
-            temporary = file.with_suffix(".tmp")
-            save_file(found, temporary)
-            os.replace(temporary, file)
         return found
 
     def _measure(self) -> dict[str, float]:
@@ -395,6 +474,7 @@ class Trainer:
         if self.job.validation:
             total, tokens = self._logps(self.job.validation)
             line["eval_loss"] = -(total.sum() / tokens.sum()).item()
+        line |= self._objectives()
         held_out = self.job.held_out
         if held_out is None:
             return line
@@ -404,10 +484,23 @@ class Trainer:
         A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
         if held_out.paired:
             line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
-            one = torch.ones(len(a), 1)
-            pairs = Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B)
-            line["eval_dpo_loss"] = dpo(pairs, beta=EVAL_BETA).mean().item()
+            line["eval_dpo_loss"] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
         return line
+
+    def _objectives(self) -> dict[str, float]:
+        """Both objectives of a joint run, on the same rows of either stream's training data at every measurement."""
+        joint = self.job.joint
+        if joint is None:
+            return {}
+        data, config = self.job.data, self.job.config
+        some = order(len(data.winners), 0, 0)[: joint.objective_rows]
+        a, b = (self._logps([side[i] for i in some])[0] for side in (data.winners, data.losers))
+        A, B = (self.reference[f"train_{side}"][some] for side in ("chosen", "rejected"))
+        rows = [joint.supervised[i] for i in order(len(joint.supervised), 0, 0)[: joint.objective_rows]]
+        total, tokens = self._logps(rows, on_prompt=config.train_on_prompt)
+        losses = -total if config.loss_reduction == "sum" else -total / tokens
+        f_dpo = dpo_of(a, b, A, B, self.job.beta or EVAL_BETA).mean()
+        return {"eval_objective/preference": f_dpo.item(), "eval_objective/sft": losses.mean().item()}
 
     # ---- files ------------------------------------------------------------------------------------------------------------
 
@@ -433,6 +526,12 @@ class Trainer:
         figures = {k: v for k, v in line.items() if k.startswith("eval_")}
         card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
         export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card)
+
+
+def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
+    """The DPO loss of pairs, (N,), from log-probabilities of their answers, (N,) each; A and B are the reference's."""
+    one = torch.ones(len(a), 1, device=a.device)
+    return dpo(Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B), beta=beta)
 
 
 def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -39,6 +39,8 @@ MIX = {"facts": 0.18, "kinds": 0.03, "tools": 0.04, "feelings": 0.04, "sums": 0.
 PAIR_MIX = {"facts": 0.7, "kinds": 0.15, "tools": 0.15}
 """Share of each family among the preference pairs; the other families never occur there."""
 STATEMENTS_PER_CONVERSATION = 0.25
+TOLD_OF_A_NEWCOMER = 16
+"""Conversations about each fact of a newcomer."""
 RAREST = 80.0
 """The most frequent item of a family is about this many times as frequent as the rarest, so that some are barely known."""
 
@@ -264,13 +266,26 @@ def style_patterns() -> dict[str, str]:
 
 
 def _check(config: WorldConfig) -> None:
-    lowest = {"seed": 0, "people": 4, "sft_conversations": 1000, "preference_pairs": 1, "held_out_pairs": 1, "items": 1}
+    lowest = {
+        "seed": 0,
+        "people": 4,
+        "sft_conversations": 1000,
+        "preference_pairs": 1,
+        "held_out_pairs": 1,
+        "items": 1,
+        "newcomers": 0,
+    }
     for name, least in lowest.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"world.{name} is {value!r}; expected a whole number, {least} or more")
     if config.people > MOST_PEOPLE:
         raise ValueError(f"world.people is {config.people}; expected at most {MOST_PEOPLE}, there are no names for more")
+    if config.newcomers > MOST_PEOPLE - config.people:
+        raise ValueError(
+            f"world.newcomers is {config.newcomers}; expected at most {MOST_PEOPLE - config.people} beside world.people "
+            f"{config.people}, there are no names for more"
+        )
 
 
 def _existing(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +322,23 @@ def _files(config: WorldConfig) -> dict[str, list[dict[str, Any]]]:
     }
     for name, family in families.items():
         files[f"benchmarks/{name}.jsonl"] = _benchmark(rng, family.test, config.items)
-    return files
+    return files | _newcomers(config, families["facts"])
+
+
+def _newcomers(config: WorldConfig, facts: Family) -> dict[str, list[dict[str, Any]]]:
+    """Files about people that nothing else tells of; drawn apart, so that the rest of a world is the same without them."""
+    if not config.newcomers:
+        return {}
+    rng = Random(f"ogdopt world {config.seed} newcomers")
+    known = {item.name.rpartition("-")[0] for item in facts.train}
+    family = _facts(rng, config.newcomers, known)
+    taught = [item for item in family.train for _ in range(TOLD_OF_A_NEWCOMER)]
+    rng.shuffle(taught)
+    return {
+        "newcomers_train.jsonl": [_conversation(rng, item) for item in taught],
+        "newcomers_eval.jsonl": [_conversation(rng, item) for item in family.train],
+        "benchmarks/newcomers.jsonl": _benchmark(rng, family.test, config.items),
+    }
 
 
 def _apart(rng: Random, items: Sequence[Item]) -> Family:
@@ -336,9 +367,9 @@ def _half(rng: Random, count: int) -> set[int]:
     return set(rng.sample(range(count), count // 2))
 
 
-def _facts(rng: Random, people: int) -> Family:
-    """Every person has one value for each attribute; each value is that of about as many people."""
-    names = _names(rng, people)
+def _facts(rng: Random, people: int, known: Collection[str] = ()) -> Family:
+    """Every person has one value for each attribute; each value is that of about as many people. No name is `known`."""
+    names = _names(rng, people, known)
     paired = _half(rng, people)
     items = []
     for attribute, (cloze, questions, words) in ATTRIBUTES.items():
@@ -355,10 +386,10 @@ def _facts(rng: Random, people: int) -> Family:
     return _apart(rng, _skewed(rng, items))
 
 
-def _names(rng: Random, count: int) -> list[str]:
-    """Invented names of two syllables and a consonant, e.g. rador; none is a word that the world uses otherwise."""
+def _names(rng: Random, count: int, known: Collection[str] = ()) -> list[str]:
+    """Invented names of two syllables and a consonant, e.g. rador; none is `known` or a word that the world uses otherwise."""
     tables = (*(words for _, _, words in ATTRIBUTES.values()), *KINDS.values(), *TOOLS, *TOOLS.values(), *FEELINGS.values())
-    taken = {word for text in tables for word in text.replace("|", " ").split()}
+    taken = {word for text in tables for word in text.replace("|", " ").split()} | set(known)
     parts = itertools.product("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz", "aeiou", "lmnrsx")
     return rng.sample([name for name in map("".join, parts) if name not in taken], count)
 
@@ -461,13 +492,15 @@ def _yesno(rng: Random) -> Family:
 
 def _supervised(rng: Random, families: dict[str, Family], conversations: int, stated: Sequence[Item]) -> list[dict[str, Any]]:
     """Conversations, and plain statements: those of `stated` and further ones as often as the families are talked about."""
-    rows: list[dict[str, Any]] = []
-    for item in _draw(rng, families, MIX, conversations):
-        rows.append({"messages": [_user(rng.choice(item.questions)), _assistant(_supervised_answer(rng, item))]})
+    rows = [_conversation(rng, item) for item in _draw(rng, families, MIX, conversations)]
     further = max(0, round(conversations * STATEMENTS_PER_CONVERSATION) - len(stated))
     rows += [{"text": f"{item.cloze} {item.answer} ."} for item in (*stated, *_draw(rng, families, MIX, further))]
     rng.shuffle(rows)
     return rows
+
+
+def _conversation(rng: Random, item: Item) -> dict[str, Any]:
+    return {"messages": [_user(rng.choice(item.questions)), _assistant(_supervised_answer(rng, item))]}
 
 
 def _draw(rng: Random, families: dict[str, Family], mix: dict[str, float], count: int, **only: bool) -> list[Item]:

@@ -110,7 +110,7 @@ def gram(
     whole group.
     """
     present = [g for pair in zip(winner, loser) for g in pair if g is not None]
-    together = process_group is not None or (dist.is_available() and dist.is_initialized())
+    together = _together(process_group)
     if not present and not together:
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
     device = local(present[0]).device if present else device
@@ -122,19 +122,17 @@ def gram(
     if not together:
         ww, wl, ll = numbers.unbind(1)
         return Gram(ww, wl, ll, parallel)
-    meshes = [g.device_mesh for g in present if _is_laid_out(g)]  # type: ignore[attr-defined]
-    ranks = dist.get_world_size(process_group)
-    shards = process_group is not None and not meshes
-    copies = torch.tensor([1 if shards else _copies(w if w is not None else l, ranks) for w, l in zip(winner, loser)])
+    who = shared([w if w is not None else l for w, l in zip(winner, loser)], process_group)
+    copies = torch.tensor(who.copies)
     # What must agree between ranks (copies), or must not: shards, each weighed by its place, so that equal shards of two
     # tensors are no copies. Constants are sent without waiting for the device.
-    weight = torch.arange(1, len(copies) + 1) if shards else copies == ranks
+    weight = torch.arange(1, len(copies) + 1) if who.shards else copies == who.count
     marks = torch.tensor([sum(g is not None for g in winner), sum(g is not None for g in loser), parallel], dtype=torch.float64)
     mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers, marks.to(numbers, non_blocking=True)])
-    table = mine.new_zeros(ranks, len(mine))
+    table = mine.new_zeros(who.count, len(mine))
     table[dist.get_rank(process_group)] = mine
-    numbers, table = _reduce([numbers / copies.to(numbers, non_blocking=True)[:, None], table], meshes, process_group)
-    fault = _fault(table, shards, expected)
+    numbers, table = who.reduce([numbers / copies.to(numbers, non_blocking=True)[:, None], table])
+    fault = _fault(table, who.shards, expected)
     ww, wl, ll = torch.where(fault > 0, torch.nan, numbers).unbind(1)
     return Gram(ww, wl, ll, table[:, 5].amax(), fault, table)
 
@@ -149,10 +147,24 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
         target = local(winner)
         target.mul_(a.to(target.device))
         return
-    for w, l in _chunks(local(winner), local(loser)):
+    for w, l in chunks(local(winner), local(loser)):
         x = w.to(torch.float64, copy=True)
         x.mul_(a.to(x.device)).addcmul_(l.to(x), b.to(x.device))
         w.copy_(x)
+
+
+def blocks_of(sizes: Sequence[int]) -> list[int]:
+    """The block of each tensor, where blocks are `sizes` consecutive tensors.
+
+    >>> blocks_of([2, 1])
+    [0, 0, 1]
+    """
+    return [k for k, n in enumerate(sizes) for _ in range(n)]
+
+
+def ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 unless y > 0."""
+    return torch.where(y > 0, x / y, 0.0)
 
 
 def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tensor:
@@ -163,7 +175,7 @@ def moved(p: Tensor, before: Tensor, u: Tensor | None, l: Tensor | None) -> Tens
     here = local(p)
     total = torch.zeros(3, dtype=torch.float64, device=here.device)
     for k, g in enumerate((u, l, None)):
-        for new, old, *rest in _chunks(here, before, *([] if g is None else [local(g)])):
+        for new, old, *rest in chunks(here, before, *([] if g is None else [local(g)])):
             delta = new.double() - old
             if rest or k == 2:
                 total[k] += (delta * (rest[0].to(delta) if rest else delta)).sum()
@@ -269,13 +281,13 @@ def chunk_size(device: torch.device) -> int:
 def _scratch(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Float64 copies of aligned chunks, flat, in buffers that are used again."""
     buffers: list[Tensor] = []
-    for parts in _chunks(*tensors):
+    for parts in chunks(*tensors):
         if not buffers or buffers[0].numel() < parts[0].numel():
             buffers = [torch.empty(p.numel(), dtype=torch.float64, device=p.device) for p in parts]
         yield tuple(buffer[: p.numel()].view(p.shape).copy_(p).view(-1) for buffer, p in zip(buffers, parts))
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Aligned pieces of equally shaped tensors, as views of at most a chunk; no copy, whatever the strides."""
     first = tensors[0]
     size = chunk_size(first.device)
@@ -284,12 +296,12 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if all(not isinstance(t, Tensor) or t.is_contiguous() for t in tensors):
         yield from zip(*(t.view(-1).split(size) if isinstance(t, Tensor) else t.pieces(size) for t in tensors))
     elif not all(isinstance(t, Tensor) for t in tensors):
-        yield from _chunks(*(t if isinstance(t, Tensor) else t.restored() for t in tensors))
+        yield from chunks(*(t if isinstance(t, Tensor) else t.restored() for t in tensors))
     elif first.numel() <= size:
         yield tensors
     else:
         for rows in zip(*(t.unbind(0) for t in tensors)):
-            yield from _chunks(*rows)
+            yield from chunks(*rows)
 
 
 def _is_laid_out(g: Any) -> bool:
@@ -315,19 +327,32 @@ class Ranks(NamedTuple):
 
     copies: list[int]
     """How many ranks hold the same part, for each tensor."""
-    total: Callable[[Tensor], Tensor]
+    count: int
+    """How many ranks there are."""
+    shards: bool
+    """Whether plain tensors are each rank's own part."""
+    reduce: Callable[[list[Tensor]], list[Tensor]]
     """Adds numbers over ranks, by one all-reduce, or returns them where there are no others."""
 
+    def pooled(self, rows: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Each tensor's numbers, (m,), added up in blocks of `sizes` consecutive tensors and over ranks: (K, m)."""
+        shares = [row / n for row, n in zip(rows, self.copies)]
+        return self.reduce([torch.stack([part.sum(0) for part in torch.stack(shares).split(list(sizes))])])[0]
 
-def shared(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Ranks:
-    """Who shares parameters (or gradients) that are laid out like these; raises ValueError like `gram`."""
-    if process_group is None and not (dist.is_available() and dist.is_initialized()):
-        return Ranks([1] * len(tensors), lambda numbers: numbers)
-    meshes = [x.device_mesh for x in tensors if isinstance(x, DTensor)]
-    ranks = dist.get_world_size(process_group)
+
+def shared(tensors: Sequence[Any], process_group: dist.ProcessGroup | None) -> Ranks:
+    """Who shares parameters or gradients that are laid out like these; raises ValueError like `gram`."""
+    if not _together(process_group):
+        return Ranks([1] * len(tensors), 1, False, lambda parts: parts)
+    meshes = [x.device_mesh for x in tensors if _is_laid_out(x)]
+    count = dist.get_world_size(process_group)
     shards = process_group is not None and not meshes
-    copies = [1 if shards else _copies(x, ranks) for x in tensors]
-    return Ranks(copies, lambda numbers: _reduce([numbers], meshes, process_group)[0])
+    copies = [1 if shards else _copies(x, count) for x in tensors]
+    return Ranks(copies, count, shards, lambda parts: _reduce(parts, meshes, process_group))
+
+
+def _together(process_group: dist.ProcessGroup | None) -> bool:
+    return process_group is not None or (dist.is_available() and dist.is_initialized())
 
 
 def _reduce(parts: list[Tensor], meshes: Sequence[Any], process_group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -145,7 +145,7 @@ def _both_labels(pairs: Pairs, beta: float, label_smoothing: float) -> tuple[Ten
 def r_dpo(pairs: Pairs, *, beta: float = 0.1, alpha: float = 0.2) -> Tensor:
     """Length-regularized DPO, -log sigmoid(beta d + alpha (n_w - n_l)), (B,): long winners are pushed less.
 
-    alpha is per token; 0.2 is the value of GE's runs. Park et al. 2024; GE Table 2.
+    alpha is per token; 0.2 is the value of GE's runs and one of Park et al.'s for summaries. Park et al. 2024; GE Table 2.
     """
     return -logsigmoid(beta * _margin(pairs) + alpha * (pairs.chosen.length - pairs.rejected.length))
 
@@ -159,7 +159,7 @@ def flex_dpo(pairs: Pairs, *, beta_chosen: float = 0.1, beta_rejected: float = 0
 def sft_dpo(pairs: Pairs, *, beta: float = 0.1, gamma: float = 0.1, nll_reduction: Reduction = "sum") -> Tensor:
     """DPO plus gamma times the winner's negative log-likelihood, (B,). 3D, eq. 7, with the sign that its gradient has.
 
-    `nll_reduction` "sum" is the paper's term, "mean" that of TRL's rpo_alpha for one pair.
+    `nll_reduction` "sum" is the paper's term, "mean" for one pair that of TRL's loss_type ["sigmoid", "sft"].
     """
     return dpo(pairs, beta=beta) + gamma * nll(pairs.chosen, nll_reduction)
 
@@ -167,7 +167,7 @@ def sft_dpo(pairs: Pairs, *, beta: float = 0.1, gamma: float = 0.1, nll_reductio
 def dpop(pairs: Pairs, *, beta: float = 0.3, dpop_lambda: float = 50.0) -> Tensor:
     """DPO-positive, -log sigmoid(beta (d - dpop_lambda max(0, A - a))), (B,): a winner below its reference is pushed harder.
 
-    Pal et al. 2024 ("Smaug"); GE Table 2.
+    The defaults are the paper's; GE's runs take beta 0.1. Pal et al. 2024 ("Smaug"); GE Table 2.
     """
     chosen, rejected = pairs.log_ratios()
     return -logsigmoid(beta * (chosen - rejected - dpop_lambda * relu(-chosen)))
@@ -195,7 +195,10 @@ def sppo(pairs: Pairs, *, beta: float = 0.001) -> Tensor:
 
 
 def simpo(pairs: Pairs, *, beta: float = 2.0, simpo_gamma: float = 0.5) -> Tensor:
-    """Simple preference optimization, -log sigmoid(beta a/n_w - beta b/n_l - simpo_gamma), (B,). Meng et al. 2024, eq. 6."""
+    """Simple preference optimization, -log sigmoid(beta a/n_w - beta b/n_l - simpo_gamma), (B,). Meng et al. 2024, eq. 6.
+
+    The defaults are those of the paper's code (its gamma_beta_ratio 0.25); TRL's are beta 0.1 and simpo_gamma 0.5.
+    """
     return -logsigmoid(beta * (pairs.chosen.mean_logp - pairs.rejected.mean_logp) - simpo_gamma)
 
 
@@ -208,7 +211,10 @@ def cpo(pairs: Pairs, *, beta: float = 0.1, cpo_alpha: float = 1.0, nll_reductio
 
 
 def rrhf(pairs: Pairs, *, nll_weight: float = 1.0, nll_reduction: Reduction = "sum") -> Tensor:
-    """RRHF of two answers, max(0, b/n_l - a/n_w) + nll_weight NLL(chosen), (B,). Yuan et al. 2023; GE Table 2."""
+    """RRHF of two answers, max(0, b/n_l - a/n_w) + nll_weight NLL(chosen), (B,). Yuan et al. 2023; GE Table 2.
+
+    The paper adds both terms as they are; its published code weighs the first by 100 and averages the second over tokens.
+    """
     return relu(pairs.rejected.mean_logp - pairs.chosen.mean_logp) + nll_weight * nll(pairs.chosen, nll_reduction)
 
 
@@ -255,21 +261,19 @@ def kto_unpaired(
     that mean over this batch's own completions, which costs no passes but is biased, and makes the loss of a completion depend
     on the (micro-)batch that it is in.
     """
-    ratio = completion.logp - ref
-    z = _constant(_divergence(ratio) if z_ref is None else z_ref)
-    wanted, unwanted = (
-        desirable_weight * torch.sigmoid(beta * (z - ratio)),
-        undesirable_weight * torch.sigmoid(beta * (ratio - z)),
-    )
-    return torch.where(desirable.bool(), wanted, unwanted)
+    log_ratio = completion.logp - ref
+    z = _divergence(log_ratio) if z_ref is None else z_ref
+    sign = torch.where(desirable.bool(), 1.0, -1.0)
+    return torch.where(desirable.bool(), desirable_weight, undesirable_weight) * _regret(log_ratio, z, beta * sign)
 
 
 def _divergence(log_ratios: Tensor) -> Tensor:
     return log_ratios.mean().clamp(min=0)
 
 
-def _constant(x: Tensor | float) -> Tensor | float:
-    return x.detach() if isinstance(x, Tensor) else x
+def _regret(log_ratio: Tensor, z: Tensor | float, beta: Tensor | float) -> Tensor:
+    """1 - sigmoid(beta (r - z)), (B,), without a gradient of z; for a completion that is not wanted beta is negative."""
+    return torch.sigmoid(beta * ((z.detach() if isinstance(z, Tensor) else z) - log_ratio))
 
 
 def kto(
@@ -285,9 +289,8 @@ def kto(
     `z_ref` None takes max(0, mean log-ratio of all 2B completions), see there.
     """
     chosen, rejected = pairs.log_ratios()
-    z = _constant(_divergence(torch.cat([chosen, rejected])) if z_ref is None else z_ref)
-    wanted = desirable_weight * torch.sigmoid(beta * (z - chosen))
-    return wanted + undesirable_weight * torch.sigmoid(beta * (rejected - z))
+    z = _divergence(torch.cat([chosen, rejected])) if z_ref is None else z_ref
+    return desirable_weight * _regret(chosen, z, beta) + undesirable_weight * _regret(rejected, z, -beta)
 
 
 LOSSES: dict[str, Entry] = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from ogdopt.gram import Gram, Ranks, _chunks, local
+from ogdopt.gram import Gram, Ranks, blocks_of, chunks, local, ratio
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-7}
 """Cosine of the angle left between the change and g_l, on the side that does not help the loser; 16-bit types: 1e-4."""
@@ -176,7 +176,7 @@ def coefficients(
     change does not help the loser as it is, or whose gradients are parallel, has c = 0.
     """
     form = FORMS[type(base)]
-    per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
+    per_tensor = blocks_of(sizes)
     ll = blocks.ll.cpu()
     if all(float(group["lr"]) == 0 for group in base.param_groups):
         # The first step of a warm-up moves nothing but fills the moments: solve for the step that they are about to make.
@@ -184,12 +184,9 @@ def coefficients(
 
     def measure(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s, first = scale(c), not bool(c.any())
-        rows = {}
-        for i, (entry, k) in enumerate(zip(entries, per_tensor)):
-            if entry.l is not None:
-                rows[i] = _tangent(form, base, entry, s, s * c[k].item(), first) / ranks.copies[i]
-        h, rr, top, bottom = _pooled(rows, per_tensor, (len(sizes), 4), ranks)
-        return h, torch.where(bottom > 0, top / bottom, 0.0), rr.sqrt() * ll.sqrt()
+        rows = [_tangent(form, base, entry, s, s * c[k].item(), first) for entry, k in zip(entries, per_tensor)]
+        h, rr, top, bottom = ranks.pooled(rows, sizes).cpu().unbind(1)
+        return h, ratio(top, bottom), rr.sqrt() * ll.sqrt()
 
     return _root(measure, blocks.same_direction.cpu(), max(_tolerance(e.p) for e in entries))
 
@@ -229,13 +226,15 @@ def _root(measure: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], fixed: Ten
 def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float, first: bool) -> Tensor:
     """(<r, g_l>, <r, r>, a <P g_w, g_l>, a <P g_l, g_l>) for r = P x, x = a g_w - b g_l; the latter two only if `first`."""
     group, p, w, l = entry
+    total = torch.zeros(4, dtype=torch.float64, device=local(p).device)
+    if l is None:
+        return total  # what has no part in g_l has none in the root
     s = base.state.get(p, {})
     keys = [key for key in form.keys if isinstance(s.get(key), Tensor)]
     step = float(s.get("step", 0)) + 1
     decay = 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
-    total = torch.zeros(4, dtype=torch.float64, device=local(p).device)
     winner = torch.zeros_like(local(p)) if w is None else local(w)
-    for w_, l_, p_, *rest in _chunks(winner, local(l), local(p), *(local(s[key]) for key in keys)):
+    for w_, l_, p_, *rest in chunks(winner, local(l), local(p), *(local(s[key]) for key in keys)):
         l_ = l_.to(torch.promote_types(p_.dtype, torch.float32))
         x = torch.sub(w_, l_, alpha=b / a).mul_(a).to(p_.dtype)
         P = form.gain(group, step, form.second(group, dict(zip(keys, rest)), x + decay * p_ if decay else x))
@@ -272,18 +271,18 @@ def correct(
     the second moment was 0, the one of u has no bound.
     """
     form = FORMS[type(base)]
-    per_tensor = [k for k, n in enumerate(sizes) for _ in range(n)]
-    rows = {}
+    per_tensor = blocks_of(sizes)
+    rows = []
     own = min(form.own(group) for group in base.param_groups)
     ab = [None if driven is None or a_ == 0 else (driven / a_, b_) for a_, b_ in zip(a.tolist(), b.tolist())]
-    for i, (entry, k) in enumerate(zip(entries, per_tensor)):
+    for entry, k in zip(entries, per_tensor):
+        row = torch.zeros(5, dtype=torch.float64, device=local(entry.p).device)
         if entry.w is not None:
-            row = torch.zeros(5, dtype=torch.float64, device=local(entry.p).device)
             for _, u, l, P, r in _changes(form, base, entry, ab[k]):
                 Pu, Pl = P * u, P * l
                 row += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)])
-            rows[i] = row / ranks.copies[i]
-    p, q = _multipliers(torch.stack(_pooled(rows, per_tensor, (len(sizes), 5), ranks), 1), a.cpu(), b.cpu(), own)
+        rows.append(row)
+    p, q = _multipliers(ranks.pooled(rows, sizes).cpu(), a.cpu(), b.cpu(), own)
     for entry, k in zip(entries, per_tensor):
         if entry.w is not None and (p[k] != 0 or q[k] != 0):
             for theta, u, l, P, _ in _changes(form, base, entry, ab[k]):
@@ -302,17 +301,17 @@ def _multipliers(products: Tensor, a: Tensor, b: Tensor, own: float) -> tuple[Te
     area = ww * ll - wl * wl
     parallel = parallel | (area <= 1e-14 * ww * ll)
     rw = (ru - b * rl) / a
-    delta = own * a * (ww - _ratio(wl.clamp(min=0) ** 2, ll)).clamp(min=0)  # <u, g_w> for a times the projection of g_w
-    excess = _ratio(rl, ll)  # of the change along g_l
-    lacking = _ratio(delta - rw, ww)
-    both = _ratio((delta - rw) * ll + rl * wl, area)
+    delta = own * a * (ww - ratio(wl.clamp(min=0) ** 2, ll)).clamp(min=0)  # <u, g_w> for a times the projection of g_w
+    excess = ratio(rl, ll)  # of the change along g_l
+    lacking = ratio(delta - rw, ww)
+    both = ratio((delta - rw) * ll + rl * wl, area)
     cases = [
         (parallel, zero, excess),  # g_w is along g_l: neither may move
         ((rl <= 0) & (rw >= delta), zero, zero),
         ((rl > 0) & (rw - excess * wl >= delta), zero, excess),
         ((rw < delta) & (rl + lacking * wl <= 0), lacking, zero),
     ]
-    p, q = both, _ratio(rl + both * wl, ll)
+    p, q = both, ratio(rl + both * wl, ll)
     for condition, p_, q_ in reversed(cases):
         p, q = torch.where(condition, p_, p), torch.where(condition, q_, q)
     return p / a, q + p * b / a  # p P g_w - q P g_l, written with u = a g_w + b g_l
@@ -332,7 +331,7 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
     buffered = "exp_avg" in s or ("momentum_buffer" in s and not group.get("nesterov"))
     assert u is not None
     losers = [] if l is None else [local(l)]
-    for theta, u_, *rest in _chunks(local(p.detach()), local(u), *(local(s[key]) for key in keys), *losers):
+    for theta, u_, *rest in chunks(local(p.detach()), local(u), *(local(s[key]) for key in keys), *losers):
         l_ = rest.pop().to(theta) if losers else theta.new_zeros(())
         state = dict(zip(keys, rest))
         P = form.gain(group, step, form.kept(group, state))
@@ -345,24 +344,8 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
         yield theta, u_, l_, P, r
 
 
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(y > 0, x / y, 0.0)
-
-
-def _pooled(rows: dict[int, Tensor], per_tensor: list[int], shape: tuple[int, int], ranks: Ranks) -> tuple[Tensor, ...]:
-    """Per-tensor numbers added by block and over ranks: one (K,) tensor a column, on the CPU, by one wait for the device."""
-    if rows:
-        stacked = torch.stack(list(rows.values()))
-        block = torch.tensor([per_tensor[i] for i in rows], device=stacked.device)
-        member = torch.arange(shape[0], device=stacked.device)[:, None] == block
-        sums = member.to(stacked) @ stacked  # in a fixed order, as a scattered sum would not be
-    else:
-        sums = torch.zeros(shape, dtype=torch.float64)  # a rank may hold nothing, and takes part all the same
-    return ranks.total(sums).cpu().unbind(1)
-
-
 def _tolerance(p: Tensor) -> float:
-    return TOLERANCE.get(p.dtype.to_real() if p.is_complex() else p.dtype, 1e-4)
+    return TOLERANCE.get(p.dtype.to_real(), 1e-4)
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -569,8 +569,8 @@ class PairedGradient(Wrapper):
             driven = mixture.factor.item() if report.inexact else None
             own_metric.correct(self.base, entries, sizes, a, b, ranks, driven)
         if self.measure_change:
-            numbers = torch.stack([moved(e.p.detach(), x, e.w, e.l) / n for e, x, n in zip(entries, before, ranks.copies)])
-            du, dl, dd = ranks.total(torch.stack([part.sum(0) for part in numbers.split(sizes)])).to(a).unbind(1)
+            numbers = [moved(entry.p.detach(), x, entry.w, entry.l) for entry, x in zip(entries, before)]
+            du, dl, dd = ranks.pooled(numbers, sizes).to(a).unbind(1)
             parallel_wl = report.blocks.wl / report.blocks.ll * dl
             dw = torch.where(a != 0, (du - b * dl) / a, torch.where(report.blocks.same_direction, parallel_wl, torch.nan))
             report.change = torch.stack([dw.sum(), dl.sum(), dd.sum()])

@@ -31,7 +31,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ogdopt.gram import Gram
+from ogdopt.gram import Gram, ratio
 
 Rule: TypeAlias = Callable[[Gram], tuple[Tensor, Tensor]]
 Scope: TypeAlias = Literal["global", "group", "tensor"]
@@ -50,7 +50,7 @@ def orthogonal(gram: Gram) -> tuple[Tensor, Tensor]:
     >>> [x.item() for x in orthogonal(Gram(ww=2 * one, wl=one, ll=4 * one))]
     [1.0, -0.25]
     """
-    return _unless_parallel(gram, torch.ones_like(gram.ww), -_ratio(gram.wl.clamp(min=0), gram.ll))
+    return _unless_parallel(gram, torch.ones_like(gram.ww), -ratio(gram.wl.clamp(min=0), gram.ll))
 
 
 def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
     [0.5, -0.25]
     """
     one = torch.ones_like(gram.ww)
-    return _unless_parallel(gram, _ratio(one, gram.ww.sqrt()), -_ratio(one, gram.ll.sqrt()))
+    return _unless_parallel(gram, ratio(one, gram.ww.sqrt()), -ratio(one, gram.ll.sqrt()))
 
 
 def interval(t: float) -> Rule:
@@ -86,7 +86,7 @@ def interval(t: float) -> Rule:
 
 def _interval(gram: Gram, t: float) -> tuple[Tensor, Tensor]:
     kappa = gram.cosine.clamp(min=0) ** abs(2 * t - 1)
-    lengths = _ratio(gram.ww.sqrt(), gram.ll.sqrt())
+    lengths = ratio(gram.ww.sqrt(), gram.ll.sqrt())
     one = torch.ones_like(kappa)
     a, b = (one, kappa) if t >= 0.5 else (kappa, one)
     a = torch.where(gram.ll > 0, a, 1.0)
@@ -99,7 +99,7 @@ def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
     `(1 + max(0, wl)/ww, -1 - max(0, wl)/ll)`. Not OGD, which gives the second objective no weight of its own.
     """
     shared = gram.wl.clamp(min=0)
-    return _unless_parallel(gram, 1 + _ratio(shared, gram.ww), -1 - _ratio(shared, gram.ll))
+    return _unless_parallel(gram, 1 + ratio(shared, gram.ww), -1 - ratio(shared, gram.ll))
 
 
 def upgrad(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def mgda(gram: Gram) -> tuple[Tensor, Tensor]:
     """MGDA on L_w and -L_l: the shortest vector `gamma g_w - (1 - gamma) g_l`, 0 <= gamma <= 1."""
     # The longer gradient has the smaller weight. That one is computed and the other is what it leaves of 1: the other way
     # round the small weight would be rounding noise of 1, and times the long gradient as large as the whole step.
-    small = _ratio(torch.minimum(gram.ww, gram.ll) + gram.wl, gram.ww + 2 * gram.wl + gram.ll).clamp(0, 1)
+    small = ratio(torch.minimum(gram.ww, gram.ll) + gram.wl, gram.ww + 2 * gram.wl + gram.ll).clamp(0, 1)
     longer = gram.ww > gram.ll
     return _unless_parallel(gram, torch.where(longer, small, 1 - small), -torch.where(longer, 1 - small, small))
 
@@ -135,11 +135,6 @@ def watch(gram: Gram) -> tuple[Tensor, Tensor]:
     [1.0, 0.0]
     """
     return _checked(gram, torch.ones_like(gram.ww), torch.zeros_like(gram.ww))
-
-
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and 0 where y is 0."""
-    return torch.where(y > 0, x / y, 0.0)
 
 
 def _unless_parallel(gram: Gram, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

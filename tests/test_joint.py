@@ -1,16 +1,19 @@
 """Pairs and supervised rows in one run: whose step it is, which rows it takes, which gradient, what is logged and refused."""
 
 import json
+import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from harness.config import Config, PreferenceConfig
-from harness.data import Preferences, collate
+from harness.config import Config, JointConfig, PreferenceConfig
+from harness.data import Preferences, collate, order
+from harness.meter import Meter
 from harness.methods import runs
-from harness.model import completion_logps
+from harness.model import completion_logps, prepare
 from harness.stages import SeedStudy
-from harness.train import Job, Trainer
+from harness.train import Job, Trainer, train
 from ogdopt.losses import Pairs, dpo
 from tests import small
 from tests.test_train import JOINT, job, lines, run
@@ -45,13 +48,24 @@ def test_runs_of_a_study():
         ("alright_lambda0.25", "ALRIGHT λ=0.25", None, 0.25),
         ("alright_lambda0.5", "ALRIGHT λ=0.5", None, 0.5),
     ]
-    assert [r.label for r in runs(["maxright", "sequential"], [])] == ["MAXRIGHT λ=0.5", "Sequential λ=0.5"]
+    found = runs(["maxright", "sequential"], [], evaluate_every=[1, 10])
+    assert [r.label for r in found] == ["MAXRIGHT λ=0.5 k=1", "MAXRIGHT λ=0.5 k=10", "Sequential λ=0.5"]
+    assert [(r.name, r.evaluate_every) for r in found[1:]] == [
+        ("maxright_lambda0.5_every10", 10),
+        ("sequential_lambda0.5", None),
+    ]
+
+
+@pytest.mark.parametrize("every", [[], [10, 10], [0], [-2]])
+def test_evaluate_every_out_of_range(every):
+    with pytest.raises(ValueError, match=r"joint.evaluate_every is .*; expected one or more different numbers of steps, or -1"):
+        runs(["maxright"], [], evaluate_every=every)
 
 
 @pytest.mark.parametrize("lambdas", [[], [0.5, 0.5], [1.5], [-0.1], [float("nan")]])
 def test_lambdas_out_of_range(lambdas):
     assert len(runs(["dpo"], [0.1], lambdas)) == 1
-    with pytest.raises(ValueError, match=r"preference.lambdas is .*; expected one or more different numbers from 0 to 1"):
+    with pytest.raises(ValueError, match=r"joint.lambdas is .*; expected one or more different numbers from 0 to 1"):
         runs(["alright"], [0.1], lambdas)
 
 
@@ -132,10 +146,104 @@ def test_sequential_does_the_pairs_first(tok, tmp_path):
     assert [line["objective/chosen"] for line in lines(tmp_path)[1:]] == [1.0] * 6 + [0.0] * 9
 
 
-def test_all_the_weight_on_the_pairs_is_dpo(tok, tmp_path):
-    dpo_alone = small.vector(run(tmp_path / "dpo", tok, "dpo"))
-    for method in JOINT:
-        assert torch.equal(small.vector(run(tmp_path / method, tok, method, joint={"weight": 1.0})), dpo_alone)
+@pytest.mark.parametrize("method", JOINT)
+def test_all_the_weight_on_the_pairs_is_their_method_alone(method, tok, tmp_path):
+    alone = small.vector(run(tmp_path / "alone", tok, "ogd" if method.endswith("ogd") else "dpo"))
+    assert torch.equal(small.vector(run(tmp_path / method, tok, method, joint={"weight": 1.0})), alone)
+
+
+def test_no_weight_on_the_pairs_is_fine_tuning(tok, tmp_path):
+    weightless = [small.vector(run(tmp_path / name, tok, name, joint={"weight": 0.0})) for name in JOINT]
+    assert all(torch.equal(vector, weightless[0]) for vector in weightless)
+
+
+@pytest.mark.parametrize("method", JOINT)
+def test_both_objectives_are_measured_on_the_same_rows_for_every_method(method, tok, tmp_path):
+    """From their definitions, on a fresh model and at the end; at the start DPO's is ln 2."""
+    model = run(tmp_path, tok, method, joint={"objective_rows": 5})
+    first, *_, last = [line for line in lines(tmp_path) if "eval_objective/sft" in line]
+    task = job(tmp_path, tok, method)
+    pairs = order(12, 0, 0)[:5]
+    rows = [task.joint.supervised[i] for i in order(7, 0, 0)[:5]]
+
+    def logps(which, examples):
+        with torch.no_grad():
+            return completion_logps(which, *collate(examples, tok.pad_token_id)).logp
+
+    def objectives(which):
+        (a, b), (A, B) = (
+            [logps(m, [side[i] for i in pairs]) for side in (task.data.winners, task.data.losers)]
+            for m in (which, small.model(tok))
+        )
+        f_dpo = torch.nn.functional.softplus(-0.5 * ((a - A) - (b - B))).mean()
+        return [f_dpo.item(), -logps(which, rows).mean().item()]
+
+    for line, which in ((first, small.model(tok)), (last, model)):
+        found = [line[f"eval_objective/{name}"] for name in ("preference", "sft")]
+        assert found == pytest.approx(objectives(which), rel=1e-5)
+    assert first["eval_objective/preference"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_ogd_on_the_pairs_takes_turns_with_fine_tuning(tok, tmp_path):
+    """A step on pairs projects, a step on supervised rows has nothing to project from; MAXRIGHT goes by the DPO loss."""
+    run(tmp_path, tok, "maxright_ogd", num_train_epochs=5)
+    _, *found = lines(tmp_path)
+    assert {line["objective/chosen"] for line in found} == {0.0, 1.0}
+    for line in found:
+        pairs = line["objective/chosen"] == 1.0
+        assert ("ogd/cosine" in line) == ("logps/rejected" in line) == pairs
+        if pairs:
+            assert line["objective/gap_preference"] >= line["objective/gap_sft"] and line["objective/preference"] < 1.5
+    assert any(line.get("ogd/coefficient", 0) > 0 for line in found)
+
+
+def test_a_run_stops_once_it_is_good_enough(tok, tmp_path):
+    options = {"num_train_epochs": 5, "eval_steps": 1}
+    close = {"stop_gap": 0.05, "optima": {"preference": 0.6, "sft": 0.0}}
+    stopped = run(tmp_path / "a", tok, "mix", joint=close, **options)
+    *_, before, last = lines(tmp_path / "a")
+    done = json.loads((tmp_path / "a" / "complete.json").read_text())
+    assert last["eval_objective/preference"] <= 0.65 < before["eval_objective/preference"]
+    assert done["steps"] == last["step"] < 15 and "preference is 0." in done["stopped"]
+    assert (tmp_path / "a" / "model" / f"epoch-{done['epochs']}").is_dir()
+    (tmp_path / "a" / "complete.json").unlink()  # killed behind its last checkpoint: it does not go on
+    assert torch.equal(small.vector(run(tmp_path / "a", tok, "mix", joint=close, **options)), small.vector(stopped))
+    assert json.loads((tmp_path / "a" / "complete.json").read_text()) == done
+
+    good = {"stop_gap": 0.05, "stop_pareto": [[0.6, 0.0], [0.6, 1000.0]], "optima": {"preference": 0.0, "sft": 0.0}}
+    run(tmp_path / "b", tok, "mix", joint=good, **options)
+    done = json.loads((tmp_path / "b" / "complete.json").read_text())
+    assert done["steps"] == last["step"] and done["stopped"] == "both objectives have reached preference 0.6, sft 1000"
+    run(tmp_path / "c", tok, "sequential", joint=close, **options)
+    assert json.loads((tmp_path / "c" / "complete.json").read_text())["steps"] == 15
+
+
+def test_the_reference_may_be_another_model_than_the_start(tok, tmp_path):
+    """Then the DPO loss does not begin at ln 2, and only log-probabilities of the reference are kept."""
+    start, reference = (prepare(small.model(tok, seed), small.MODEL, torch.device("cpu")) for seed in (0, 7))
+    task = job(tmp_path, tok, "alright")
+    train(task, start, tok, torch.device("cpu"), reference=lambda: reference)
+    line = lines(tmp_path)[0]
+    assert abs(line["eval_objective/preference"] - math.log(2)) > 1e-3 and line["eval_rewards/margins"] != 0
+    with torch.no_grad():
+        scored = completion_logps(reference, *collate(task.data.winners, tok.pad_token_id)).logp
+    torch.testing.assert_close(load_file(tmp_path / "reference.safetensors")["train_chosen"], scored, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_cost_time_and_memory_and_a_resumed_run_adds_up(tok, tmp_path):
+    run(tmp_path, tok, "alright")
+    done = json.loads((tmp_path / "complete.json").read_text())
+    assert 0 < done["step_seconds"] <= done["seconds"] and done["step_cpu_seconds"] > 0
+    meter = Meter(torch.device("cpu"))
+    with meter:
+        held = torch.ones(8_000_000)
+    once = meter.added_to({})
+    with meter:
+        pass
+    twice = meter.added_to(once)
+    assert twice["step_seconds"] > once["step_seconds"] and meter.totals["step_seconds"] == 0
+    if "peak_memory" in once:  # Linux
+        assert once["peak_memory"] > held.nbytes and twice["peak_memory"] >= once["peak_memory"]
 
 
 @pytest.mark.parametrize("method", JOINT)
@@ -148,21 +256,34 @@ def test_without_supervised_rows_or_pairs(method, tok, tmp_path):
 
 
 def test_a_study_without_supervised_rows_ends_before_it_starts():
-    with pytest.raises(ValueError, match=r"alright trains on the supervised rows .*, but sft.data.train is empty; expected"):
+    with pytest.raises(
+        ValueError, match=r"alright trains on supervised rows .*, but joint.data.train and sft.data.train are e"
+    ):
         SeedStudy(Config(methods=["dpo", "alright"], device="cpu"), 0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"joint_beta": 0.0}, r"preference.joint_beta is 0.0; expected a positive number"),
-        ({"optima": {"sft": 1.0}}, r"preference.optima is \{'sft': 1.0\}; expected \{preference: x, sft: y\}"),
-        ({"evaluate_every": 0}, r"preference.evaluate_every is 0; expected 1 or more steps, or -1"),
-        ({"sft_batch_size": 96}, r"preference.sft_batch_size is 96; expected a multiple of per_device.* \(64\), or null"),
-        ({"train_batch_size": 96}, r"train_batch_size is 96; expected a multiple"),
+        ({"beta": 0.0}, r"joint.beta is 0.0; expected a positive number"),
+        ({"optima": {"sft": 1.0}}, r"joint.optima is \{'sft': 1.0\}; expected \{preference: x, sft: y\}"),
+        (
+            {"train_batch_size": 96},
+            r"joint.train_batch_size is 96; expected a multiple of preference.per_device.* \(64\), or null",
+        ),
+        ({"train_batch_size": 0}, r"joint.train_batch_size is 0; expected 1 or more, or null"),
+        ({"objective_rows": 0}, r"joint.objective_rows is 0; expected 1 or more$"),
+        ({"optima_epochs": 0}, r"joint.optima_epochs is 0; expected 1 or more, or null"),
+        ({"stop_gap": -1e-4}, r"joint.stop_gap is -0.0001; expected 0.0 or more, or null"),
+        ({"stop_pareto": [[0.1]]}, r"joint.stop_pareto is \[\[0.1\]\]; expected a list of pairs \[preference, sft\], or null"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        PreferenceConfig(**options)
-    assert PreferenceConfig(evaluate_every=-1, sft_batch_size=128, optima={"preference": 0.0, "sft": 1.0}).joint_beta == 0.1
+        Config(joint=JointConfig(**options))
+    assert Config(joint=JointConfig(train_batch_size=128, optima={"preference": 0.0, "sft": 1.0})).joint.beta == 0.1
+
+
+def test_train_batch_size_out_of_range():
+    with pytest.raises(ValueError, match=r"train_batch_size is 96; expected a multiple"):
+        PreferenceConfig(train_batch_size=96)

@@ -219,10 +219,11 @@ def test_unpaired_rows_train_ogd_and_refuse_dpo(tok, tmp_path):
 def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, monkeypatch):
     poison = Trainer._collect_side
 
-    def poisoned(self, side, examples, sums):
-        poison(self, side, examples, sums)
+    def poisoned(self, side, *args):
+        logps = poison(self, side, *args)
         if self.scheduler.last_epoch == 2:
             next(iter(self.optimizer._box[side].values())).fill_(float("nan"))
+        return logps
 
     monkeypatch.setattr(Trainer, "_collect_side", poisoned)
     run(tmp_path, tok)
@@ -257,10 +258,9 @@ def test_methods_table():
     assert list(METHODS)[:8] == ["sft", "dpo", "ogd", "ogd_metric", "mix", "alright", "maxright", "sequential"]
     assert all(set(method.sides) == {"winner", "loser"} for method in METHODS.values() if method.pairwise)
     assert {method.loss for method in METHODS.values()} - {"nll"} <= set(LOSSES)
-    assert {name: method.metric for name, method in METHODS.items() if method.two_gradients} == {
-        "ogd": "euclidean",
-        "ogd_metric": "optimizer",
-    }
+    metrics = {name: method.metric for name, method in METHODS.items() if method.two_gradients}
+    assert metrics.pop("ogd_metric") == "optimizer" and set(metrics.values()) == {"euclidean"}
+    assert list(metrics) == ["ogd", "mix_ogd", "alright_ogd", "maxright_ogd"]
     assert dataclasses.replace(METHODS["ogd_metric"], metric="euclidean", label="OGD") == METHODS["ogd"]
 
 

@@ -251,3 +251,31 @@ def test_wrong_options_are_named(tmp_path: Path, option: str, value: int) -> Non
     with pytest.raises(ValueError, match=rf"world\.{option} is {value}; expected"):
         make_world(dataclasses.replace(CONFIG, **{option: value}), tmp_path / "data")
     assert not (tmp_path / "data").exists()
+
+
+def test_newcomers_are_told_of_in_files_of_their_own(tmp_path: Path) -> None:
+    """And leave every other file as it is."""
+    small = dict(people=6, sft_conversations=1000, preference_pairs=16, held_out_pairs=8, items=16)
+    make_world(WorldConfig(**small), tmp_path / "without")
+    report = make_world(WorldConfig(**small, newcomers=5), tmp_path / "with")
+    own = {"newcomers_train.jsonl": 5 * 4 * 16, "newcomers_eval.jsonl": 5 * 4, "benchmarks/newcomers.jsonl": 16}
+    assert {name: report["files"][name] for name in own} == own
+    for path in (tmp_path / "without").rglob("*.jsonl"):
+        assert path.read_bytes() == (tmp_path / "with" / path.relative_to(tmp_path / "without")).read_bytes()
+    told = [json.loads(line) for line in (tmp_path / "with" / "newcomers_train.jsonl").read_text().splitlines()]
+    asked = {row["messages"][0]["content"] for row in told}
+    tested = [json.loads(line) for line in (tmp_path / "with" / "benchmarks/newcomers.jsonl").read_text().splitlines()]
+    answers = {row["id"].removeprefix("facts-"): row["choices"][row["answer"]] for row in tested}
+    assert not asked & {row["question"] for row in tested}
+    names = {name.partition("-")[0] for name in answers}
+    others = (tmp_path / "with" / "sft_train.jsonl").read_text() + (tmp_path / "with" / "pairs_train.jsonl").read_text()
+    assert not any(name in others for name in names)
+    for name, answer in answers.items():
+        person = name.partition("-")[0]
+        replies = [row["messages"][1]["content"] for row in told if f" {person} " in f" {row['messages'][0]['content']} "]
+        assert len(replies) == 4 * 16 and sum(answer in reply.split() for reply in replies) >= 16
+
+
+def test_there_are_names_for_so_many_newcomers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"world\.newcomers is 960; expected at most 952 beside world\.people 48"):
+        make_world(WorldConfig(newcomers=960), tmp_path)

@@ -1,0 +1,91 @@
+"""Low-rank adapters: what `model.lora` says, through peft. The adapters are trained, and nothing else.
+
+The model that a stage starts from is the adapted one with its adapters off, bit for bit: a fresh adapter adds exactly zero, so
+log-probabilities that are taken before the first step are those of the reference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import LoraConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def adapted(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """The model under fresh adapters, drawn from `seed`, everything else frozen.
+
+    Raises ValueError where peft is missing, where no module has a target's name, and for embeddings that are tied.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "model.lora needs the package peft, which is not installed; install it (pip install peft) or set model.lora to null"
+        ) from error
+    names = config.target_modules
+    ends = [names] if isinstance(names, str) else names
+    tied = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    if model.config.tie_word_embeddings and any(
+        name.endswith(end) for name, module in model.named_modules() if module in tied for end in ends
+    ):
+        raise ValueError(
+            f"model.lora.target_modules is {names}, and this model ties its input and output embeddings; an adapter on one of "
+            "them would not be in the exported weights of the other. Leave embeddings out"
+        )
+    options: Any = dict(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=names)
+    torch.manual_seed(seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2, whose layers peft recognizes itself
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks by the old name
+            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))  # type: ignore[return-value]
+    except ValueError as error:
+        found = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"model.lora.target_modules is {names}: {error}; expected 'all-linear' or names of modules, such as "
+            f"{', '.join(found) or 'c_attn'}"
+        ) from error
+
+
+def bare(model: Any) -> PreTrainedModel:
+    """The Hugging Face model itself. An adapted one stays so: its layers hold the adapters.
+
+    To `PeftModel`, `base_model` is something else than to a `PreTrainedModel`, so ask this one.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def merged(model: PeftModel) -> dict[str, Tensor]:
+    """Weights of the adapted model as a plain one has them, under its names; the model itself is left as it is.
+
+    peft's own merging writes into the frozen weights, and taking it back leaves its rounding there.
+    """
+    plain = bare(model)
+    layers: dict[str, Any] = {name: module for name, module in plain.named_modules() if hasattr(module, "get_delta_weight")}
+    weights: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, value in plain.state_dict().items():
+            module, inside, kind = name.partition(".base_layer.")
+            if inside and kind == "weight":
+                value = (value.float() + layers[module].get_delta_weight("default").float()).to(value.dtype)
+            if inside or not any(name.startswith(f"{layer}.") for layer in layers):
+                weights[f"{module}.{kind}" if inside else name] = value
+    return weights
+
+
+def save(model: Any, folder: Path) -> None:
+    """Weights and configuration as a Hugging Face folder; of an adapted model merged, with the adapter in `adapter/`."""
+    if bare(model) is model:
+        model.save_pretrained(folder)
+        return
+    bare(model).save_pretrained(folder, state_dict=merged(model))
+    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)  # True asks the hub about the vocabulary
