@@ -10,6 +10,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+NAMES = ("eval_logps_mean", "eval_logps", "logps")
+"""What a log may call the log-likelihoods, the best first."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -96,6 +99,12 @@ class ThreeD:
         self._warn(step, found)
         return found
 
+    def read(self, row: Mapping[str, float], name: str = "eval_logps_mean") -> dict[str, float]:
+        """`observe` of one line of a log, by TRL's names; {} for a line without them."""
+        if f"{name}/chosen" not in row or f"{name}/rejected" not in row:
+            return {}
+        return self.observe(row["step"], row[f"{name}/chosen"], row[f"{name}/rejected"], row.get("eval_unseen_mass"))
+
     def _warn(self, step: float, found: Mapping[str, float]) -> None:
         at, up, down = self.thresholds, found.get("3d/rate_chosen", 0.0), found.get("3d/rate_rejected", 0.0)
         ratio = found.get("3d/log_gradient_ratio")
@@ -130,27 +139,19 @@ class ThreeD:
 
 def replay(
     rows: Iterable[Mapping[str, float]], thresholds: Thresholds | None = None, window: int = 5
-) -> tuple[list[dict[str, float]], dict[str, str]]:
-    """The 3D-properties of a finished run from the lines of its metrics.jsonl: (one dictionary a measured step, warnings).
+) -> tuple[list[dict[str, float]], ThreeD]:
+    """The 3D-properties of a run from the lines of its metrics.jsonl: (the measures by step, the watch with its warnings).
 
     Reads `step`, `eval_logps_mean/chosen`, `eval_logps_mean/rejected` and, where it is logged, `eval_unseen_mass`; a log
     without means over tokens is read by `eval_logps/...`, and one without held-out pairs by `logps/...`, whose batches differ
-    from step to step. Raises ValueError for a log with neither.
+    from step to step. Raises ValueError for a log with none of them.
     """
-    rows = list(rows)
-    for name in ("eval_logps_mean", "eval_logps", "logps"):
-        logged = [row for row in rows if f"{name}/chosen" in row and f"{name}/rejected" in row]
-        if logged:
-            break
-    else:
-        raise ValueError(
-            f"none of the {len(rows)} rows has log-likelihoods of chosen and rejected answers; expected "
-            "eval_logps_mean/chosen and eval_logps_mean/rejected, or eval_logps/... or logps/..., TRL's names"
-        )
-    watch = ThreeD(thresholds, window)
-    found = [
-        {"step": row["step"]}
-        | watch.observe(row["step"], row[f"{name}/chosen"], row[f"{name}/rejected"], row.get("eval_unseen_mass"))
-        for row in logged
-    ]
-    return found, watch.warnings
+    rows, watch = list(rows), ThreeD(thresholds, window)
+    for name in NAMES:
+        found = [{"step": row["step"]} | measures for row in rows if (measures := watch.read(row, name))]
+        if found:
+            return found, watch
+    raise ValueError(
+        f"none of the {len(rows)} rows has log-likelihoods of chosen and rejected answers; expected eval_logps_mean/chosen and "
+        "eval_logps_mean/rejected, or eval_logps/... or logps/..., TRL's names"
+    )

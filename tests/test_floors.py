@@ -12,15 +12,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["ogdopt.gram", "ogdopt.losses", "ogdopt.objectives"],
-    1: ["ogdopt.projection", "ogdopt.diagnostics", "ogdopt.report", "ogdopt.metric", "ogdopt.stored", "ogdopt.wrapper"],
+    1: [
+        "ogdopt.projection",
+        "ogdopt.diagnostics",
+        "ogdopt.dynamics",
+        "ogdopt.three_d",
+        "ogdopt.report",
+        "ogdopt.metric",
+        "ogdopt.stored",
+        "ogdopt.wrapper",
+    ],
     2: ["ogdopt.optimizer"],
     3: ["harness.config", "harness.files", "harness.meter", "harness.sources", "harness.tables"],
     4: [f"harness.{name}" for name in "world rows methods checkpoints items runs adapters claims".split()],
     5: ["harness.data", "harness.model", "harness.tax", "harness.eval_model"],
-    6: ["harness.joint", "harness.lm_evals", "harness.analysis"],
+    6: ["harness.joint", "harness.lm_evals", "harness.analysis", "harness.measures"],
     7: ["harness.train", "harness.figures"],
-    8: ["harness.report", "harness.stages", "harness.studies.tradeoff"],
-    9: ["harness.study"],
+    8: ["harness.stages", "harness.watching", "harness.studies.tradeoff", "harness.studies.three_d"],
+    9: ["harness.report", "harness.study"],
     10: ["harness.run"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -95,4 +104,4 @@ def test_the_library_is_small():
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
                 lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         total += len(lines)
-    assert 1000 < total <= 1720
+    assert 1000 < total <= 1860
