@@ -249,6 +249,9 @@ class PreferenceConfig(StageConfig):
 
     beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
     """Strengths of the methods that have one (dpo); each is a run of its own."""
+    warn_at: dict[str, float] = field(default_factory=dict)
+    """Where the 3D-properties warn, of held-out pairs in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise;
+    defaults and meaning: `ogdopt.three_d.Thresholds`."""
 
 
 @dataclass(frozen=True)

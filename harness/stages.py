@@ -25,6 +25,7 @@ from harness.methods import RunSpec, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.train import Job, train
 from harness.world import make_world
+from ogdopt.three_d import Thresholds
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -39,6 +40,7 @@ class SeedStudy:
         self.device = torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
+        _check_thresholds(config.preference.warn_at)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
         if joint and not (config.joint.data or config.sft.data).train:
@@ -133,6 +135,7 @@ class SeedStudy:
             recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
             validation=self._joint_rows.get("eval", []) if joint else (),
             joint=joint,
+            thresholds=config.preference.warn_at,
         )
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
@@ -270,6 +273,14 @@ class SeedStudy:
         words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
+
+
+def _check_thresholds(given: dict[str, float]) -> None:
+    try:
+        Thresholds(**given)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(f.name for f in dataclasses.fields(Thresholds))
+        raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
 
 
 def located(config: Config, data: str, seed: int) -> Config:

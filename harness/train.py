@@ -31,12 +31,14 @@ from harness.config import StageConfig
 from harness.data import Example, Preferences, collate, order
 from harness.files import write_json
 from harness.joint import STREAMS, Joint
+from harness.measures import sums_of, unseen_mass
 from harness.meter import Meter, utilization
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
 from ogdopt import PairedGradient, StepReport
 from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
 from ogdopt.objectives import MixedObjective, Objective, OneAtATime, SequentialObjective
+from ogdopt.three_d import ThreeD, Thresholds
 
 EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
@@ -67,6 +69,8 @@ class Job:
     """Held-out supervised examples whose loss is measured."""
     joint: Joint | None = None
     """The supervised stream of a method with a schedule."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Where the 3D-properties warn, by names of `ogdopt.three_d.Thresholds`."""
 
     def __post_init__(self) -> None:
         if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):
@@ -174,6 +178,7 @@ class Trainer:
         if job.joint is not None and self.method.schedule is not None:
             self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
         self.streams = job.streams
+        self.watch = ThreeD(Thresholds(**job.thresholds))
         self.taken = dict.fromkeys(self.streams, 0)
         """Steps that each stream of a joint run has had."""
 
@@ -190,6 +195,8 @@ class Trainer:
             self._log({"step": 0, "epoch": 0.0} | self._measure())
         else:
             self._truncate_metrics(progress.metrics_bytes)
+            for row in self.metrics.read_text(encoding="utf-8").splitlines():
+                self.watch.read(json.loads(row))
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
                 self.taken = dict(progress.schedule["taken"])
@@ -221,6 +228,7 @@ class Trainer:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}")
         done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
         done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
+        done |= {"warnings": self.watch.warnings}
         write_json(job.directory / "complete.json", done | ({"stopped": progress.enough} if progress.enough else {}))
 
     def _enough(self, line: dict[str, float]) -> str:
@@ -420,17 +428,18 @@ class Trainer:
 
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------
 
-    def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
-        """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
-        sums, lengths = [], []
+    def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
+        """The scored tokens of the examples in micro-batches, on the CPU, without gradients."""
         self.model.eval()  # adapters may have dropout
         with torch.no_grad():
-            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
-                completion = self._score(micro, on_prompt)
-                sums.append(completion.logp.cpu())
-                lengths.append(completion.length.cpu())
+            micros = chunks(examples, max(64, self.job.config.per_device_train_batch_size))
+            found = [Completion(*(x.cpu() for x in self._score(micro, on_prompt))) for micro in micros]
         self.model.train()
-        return torch.cat(sums), torch.cat(lengths)
+        return found
+
+    def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
+        """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
+        return sums_of(self._scores(examples, on_prompt))
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
@@ -478,13 +487,16 @@ class Trainer:
         held_out = self.job.held_out
         if held_out is None:
             return line
-        (a, n_w), (b, n_l) = self._logps(held_out.winners), self._logps(held_out.losers)
+        scores = [self._scores(side) for side in (held_out.winners, held_out.losers)]
+        (a, n_w), (b, n_l) = map(sums_of, scores)
         line |= {"eval_logps/chosen": a.mean().item(), "eval_logps/rejected": b.mean().item()}
         line |= {"eval_logps_mean/chosen": (a / n_w).mean().item(), "eval_logps_mean/rejected": (b / n_l).mean().item()}
         A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
         if held_out.paired:
             line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
             line["eval_dpo_loss"] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
+            if (mass := unseen_mass(held_out, *scores)) is not None:
+                line["eval_unseen_mass"] = mass
         return line
 
     def _objectives(self) -> dict[str, float]:
@@ -508,6 +520,10 @@ class Trainer:
         return self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
 
     def _log(self, line: dict[str, float]) -> None:
+        known = set(self.watch.warnings)
+        line = line | self.watch.read(line)
+        for kind in set(self.watch.warnings) - known:
+            tqdm.write(f"{self.job.label}, {self.watch.warnings[kind]}")
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
