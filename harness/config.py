@@ -380,7 +380,6 @@ def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog
 def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
     """The command line: the configuration, and whether it is to be run or only checked.
 
-
     Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """
     # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.

@@ -5,6 +5,8 @@
     python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
     python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
     python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
+    python harness/run.py generate MODEL PROMPTS --format F  a model's answers, for AlpacaEval, Arena-Hard, WildBench and judge
+    python harness/run.py judge BASELINE ANSWERS...          whose answers a judge prefers
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -26,6 +28,8 @@ from harness.config import Config, command
 COMMANDS = {
     "study": "harness.study",
     "tax": "harness.compare",
+    "generate": "harness.generate",
+    "judge": "harness.judge",
 }
 """First word of the command line -> the module whose `main` takes the words behind it."""
 

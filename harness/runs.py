@@ -280,6 +280,18 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
     return {int(_number(path)): path for path in folder.glob(pattern) if NUMBERED.fullmatch(path.name.removesuffix(".json"))}
 
 
+def short_name(path: Path) -> str:
+    """A model's or an evaluation's name in tables: its last folders, without those that every run has.
+
+    >>> short_name(Path("runs/mine/seed-0/ogd/model/epoch-3")), short_name(Path("models/sft-v0.3"))
+    ('ogd/epoch-3', 'sft-v0.3')
+    """
+    parts = [
+        part for part in Path(str(path).removesuffix(".json")).parts if part not in ("model", "evals", "answers", "/", "..")
+    ]
+    return "/".join(parts[-2:] if NUMBERED.fullmatch(parts[-1]) else parts[-1:]) if parts else str(path)
+
+
 def _number(path: Path) -> int:
     return int(path.name.removesuffix(".json").rpartition("-")[2])
 
