@@ -52,7 +52,7 @@ class SparseTerm:
     def losses(
         self, chosen: Completion, rejected: Completion, states: Tensor, rows: Sequence[int], **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss of each pair (n,), mean |w| of either side's tokens and which share of them is on) of the training pairs `rows`.
+        """(loss of each pair (n,), mean |w| of either side's tokens and the share that is on) of the training pairs `rows`.
 
         `states` are the hidden states in front of all scored tokens of the chosen, then of the rejected completions.
         """

@@ -188,8 +188,8 @@ class Trainer:
         self.trained: nn.Module = nn.ModuleList([model, self.sparse.significance]) if self.sparse else model
         """What checkpoints hold."""
         self.optimizer = self._optimizer()
-        warmup = config.warmup_steps if config.warmup_ratio is None else round(config.warmup_ratio * self.plan.steps)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.plan.steps)
+        steps = self.plan.steps
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup(steps), steps)
         self.metrics = job.directory / "metrics.jsonl"
         self.probing = False
         """Whether the present step is looked into."""
