@@ -220,6 +220,18 @@ def _evaluated(joint: Joint) -> Iterator[str]:
         yield f"{name}, ideal distance by steps between evaluations: {listing(cells)}."
 
 
+def numbers(joint: Joint) -> dict[str, dict[str, list[float | None]]]:
+    """Every run's numbers, one a seed, for results.json."""
+    found = {}
+    for one in joint.runs:
+        ends = list(one.ends.values())
+        values = {f"gap_{name}": [end.gaps[name] for end in ends] for name in STREAMS}
+        values |= {name: [end.objectives[name] for end in ends] for name in STREAMS}
+        costs = ("distance", "seconds", "cpu_seconds", "memory", "utilization")
+        found[one.run.name] = {"seeds": list(one.ends), **values, **{key: [getattr(end, key) for end in ends] for key in costs}}
+    return found
+
+
 def drawn(joint: Joint) -> tuple[list[Panel], dict[str, Look]]:
     """The figures of a study's joint runs, and how their curves look: a method's curve over lambda, one of a lambda over k."""
     families, swept = joint.families(), _swept(joint)
