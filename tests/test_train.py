@@ -260,7 +260,7 @@ def test_methods_table():
     assert {method.loss for method in METHODS.values()} - {"nll", "sparse"} == set(LOSSES)
     metrics = {name: method.metric for name, method in METHODS.items() if method.two_gradients}
     assert metrics.pop("ogd_metric") == "optimizer" and set(metrics.values()) == {"euclidean"}
-    assert list(metrics) == ["ogd", "mix_ogd", "alright_ogd", "maxright_ogd"]
+    assert list(metrics) == ["ogd", "mix_ogd", "alright_ogd", "maxright_ogd", "npo"]
     assert dataclasses.replace(METHODS["ogd_metric"], metric="euclidean", label="OGD") == METHODS["ogd"]
 
 
