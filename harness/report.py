@@ -29,6 +29,7 @@ from harness.paper import beside, verdicts
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
+from harness.watching import three_d_panels, three_d_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 BEST, MATCHED = "Each run at its best epoch", "At matched preference learning"
@@ -154,6 +155,8 @@ def tables(found: Comparison) -> Iterator[Table]:
         yield _task_table(found, way)
     if any(found.promises(name) for name in found.points):
         yield _promise_table(found)
+    if (watched := three_d_table(found)) is not None:
+        yield watched
     yield _cost_table(found)
 
 
@@ -414,7 +417,7 @@ def _figures(found: Comparison, folder: Path, suffix: str = ".svg", joint: Joint
         floors[way] = float(np.mean(nulls))
     panels = study_panels(runs, points, floors, list(found.levels.values()), found.criterion or "preference learning")
     of_joint = draw(folder, *drawn(joint), suffix) if joint else []
-    return of_joint + draw(folder, panels, looks(found.study.runs), suffix)
+    return of_joint + draw(folder, [*panels, *three_d_panels(runs)], looks(found.study.runs), suffix)
 
 
 def _measurements(found: Comparison, p: Point) -> dict[str, float | None]:

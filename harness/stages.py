@@ -21,10 +21,11 @@ from harness.data import Preferences, load_preferences, load_sft, texts
 from harness.files import write_json, write_text
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
-from harness.methods import RunSpec, runs
+from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.train import Job, train
 from harness.world import make_world
+from ogdopt.three_d import Thresholds
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -39,7 +40,9 @@ class SeedStudy:
         self.device = torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
+        _check_thresholds(config.preference.warn_at)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
+        check_loss_args(config.preference.loss_args)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
         if joint and not (config.joint.data or config.sft.data).train:
             raise ValueError(
@@ -81,7 +84,7 @@ class SeedStudy:
         """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
         directory = self.home / spec.name
         facts: dict[str, Any] = {"name": spec.name, "kind": "method", "method": spec.method, "label": spec.label}
-        stage = self._stage_settings("beta")
+        stage = self._stage_settings(spec.method)
         if spec.weight is None:
             facts["beta"], joint = spec.beta, None
         else:
@@ -94,9 +97,11 @@ class SeedStudy:
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
 
-    def _stage_settings(self, *unread: str) -> dict[str, Any]:
-        """The preference stage's settings without those that a run does not read, or that are in its name."""
-        return {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+    def _stage_settings(self, method: str) -> dict[str, Any]:
+        """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
+        unread = {"beta"} if METHODS[method].loss == "sparse" else {"beta", "sparse"}
+        settings = {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+        return settings | {"loss_args": settings["loss_args"].get(method, {})}
 
     def _joint_settings(self) -> dict[str, Any]:
         settings = as_dict(self.config.joint)
@@ -133,6 +138,10 @@ class SeedStudy:
             recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
             validation=self._joint_rows.get("eval", []) if joint else (),
             joint=joint,
+            thresholds=config.preference.warn_at,
+            loss_args=config.preference.loss_args.get(spec.method, {}),
+            sparse=config.preference.sparse,
+            probe_steps=config.preference.probe_steps,
         )
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
@@ -162,7 +171,7 @@ class SeedStudy:
         given, folder = self.config.joint.optima, self.home / "optima"
         if given is not None:
             return given
-        stage = self._stage_settings("beta")
+        stage = self._stage_settings("alright")
         joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
         found = {}
         for name, weight in (("preference", 1.0), ("sft", 0.0)):
@@ -270,6 +279,14 @@ class SeedStudy:
         words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
+
+
+def _check_thresholds(given: dict[str, float]) -> None:
+    try:
+        Thresholds(**given)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(f.name for f in dataclasses.fields(Thresholds))
+        raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
 
 
 def located(config: Config, data: str, seed: int) -> Config:
