@@ -51,7 +51,7 @@ def answers(rng: np.random.Generator, right: np.ndarray, flips: float, loss: flo
 
 def main() -> None:
     """Simulate, and print one row a truth."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repetitions", type=int, default=200)
     repetitions = parser.parse_args().repetitions
     rng, started = np.random.default_rng(0), time.process_time()
