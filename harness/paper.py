@@ -102,9 +102,9 @@ def beside(found: Comparison, data: str) -> Table:
         "WildBench Elo, paper",
     ]
     note = (
-        "The paper's TAX has no interval; ours has the basic bootstrap's. Our reduction is given where DPO β=0.1 clearly "
-        "forgot: a ratio to noise says nothing. The win rate is that of `run.py judge`, against the baseline that it was given, "
-        "and no Arena-Hard figure."
+        "The paper's TAX has no interval; ours has the basic bootstrap's. Our reduction is given only where DPO β=0.1 forgot "
+        "clearly: a ratio to noise says nothing. The win rate is that of `run.py judge`, against the baseline that it was "
+        "given, and no Arena-Hard figure."
     )
     return Table(TITLE, columns, rows, note)
 
