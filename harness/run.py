@@ -65,7 +65,8 @@ def run(config: Config) -> None:
     """All seeds of a study, then its report."""
     import transformers  # seconds, which other commands need not wait for
 
-    from harness.report import print_table, write_report
+    from harness.gaps import write_gaps
+    from harness.report import print_gaps, print_table, write_report
     from harness.stages import SeedStudy, record
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -81,8 +82,10 @@ def run(config: Config) -> None:
             study.method(spec)
     if config.evals.tasks or config.evals.lm_eval_tasks:
         print_table(write_report(config.study.directory, config.report))
-    else:
-        print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+        return
+    print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+    if (joint := write_gaps(config.study.directory)) is not None:
+        print_gaps(joint, config.study.directory / "gaps.md")
 
 
 if __name__ == "__main__":
