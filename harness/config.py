@@ -7,7 +7,9 @@ Dataclass defaults are the paper's recipe (Mistral-7B, appendix A.2 of the OGD p
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -180,6 +182,10 @@ class StageConfig:
     def gradient_accumulation_steps(self) -> int:
         return self.train_batch_size // self.per_device_train_batch_size
 
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
+
 
 def sft_defaults() -> StageConfig:
     """The paper's supervised stage (appendix A.2)."""
@@ -231,6 +237,10 @@ class EvalConfig:
     style_prompts: str | None = None
     """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
     apply_chat_template: bool = True
+    system_instruction: str | None = None
+    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    device_map: str | None = None
+    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
 
 
 @dataclass(frozen=True)
@@ -351,22 +361,49 @@ LISTS = {
 """Options that also take plain commas: --methods ogd,dpo."""
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help.
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for."""
 
-    Without --config it is the miniature study. Wrong options end the process with a message, as argparse does.
+    config: Config
+    dry_run: bool
+    """Check data and settings and say what a run would take, instead of running."""
+    world_size: int
+    """Processes that a dry run reckons with."""
+
+
+def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
+    """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help."""
+    return command(argv, recipe, prog).config
+
+
+def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
+    """The command line: the configuration, and whether it is to be run or only checked.
+
+    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.
+    first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--dry_run", "--dry-run", action="store_true")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    first.add_argument("--world_size", "--world-size", type=int, default=world_size, metavar="N")
+    asked, given = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if asked.world_size < 1:
+        first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
     if not any(word == "--config" or word.startswith("--config=") for word in given):
-        given = ["--config", str(DEFAULT_RECIPE), *given]
+        given = ["--config", str(recipe), *given]
     parser = jsonargparse.ArgumentParser(
-        prog="run.py",
+        prog=prog,
         description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
+        epilog="--dry_run loads no weights and writes nothing: it checks data and settings, shows examples with the loss "
+        "positions marked, lengths, steps, schedule, memory by part, and what would be written where. --world_size N: the "
+        "number of processes it reckons with (default: the launcher's).",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; options behind it override it")
     parser.add_class_arguments(Config)
     found = parser.instantiate(parser.parse_args(listed(given, LISTS)))
-    return Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
+    config = Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
+    return Command(config, asked.dry_run, asked.world_size)
 
 
 def listed(words: Sequence[str], options: Collection[str]) -> list[str]:

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from harness.adapters import adapted, bare, save
@@ -79,18 +87,49 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
+def architecture(config: ModelConfig, vocab_size: int | None = None, **ids: Any) -> PreTrainedConfig:
+    """The transformers configuration that `config.architecture` describes, with `vocab_size` where it names none.
+
+    Raises ValueError for an unknown architecture, and for a keyword that its class refuses.
+    """
     kind = str(config.architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(
             f"model.architecture.model_type is {kind!r}; expected an architecture of transformers such as 'mistral', "
             "'llama' or 'gpt2' (or set model.model_name_or_path)"
         )
-    options = {k: v for k, v in config.architecture.items() if k != "model_type"}
+    options = {} if vocab_size is None else {"vocab_size": vocab_size}
+    options |= {k: v for k, v in config.architecture.items() if k != "model_type"}
+    try:
+        return AutoConfig.for_model(kind, **ids, **options)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.architecture: {kind} refuses it ({reason}); correct that entry") from error
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose tensors have shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, in order. Raises ValueError for a model that keeps none in a list."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} keeps no list of its num_hidden_layers layers; expected a transformer that does")
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    built = architecture(config, len(tokenizer), **ids)
+    if built.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
+        )
     torch.manual_seed(seed)
-    built = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **ids, **options)
     model = AutoModelForCausalLM.from_config(built, **_attention(config))
     model.generation_config.update(**ids)
     return model.to(getattr(torch, config.dtype))
@@ -99,15 +138,27 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel:
     """Load a causal language model from a folder or the hub, its weights as `config.dtype`.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if it is not what `config.architecture` says.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config))
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config)
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.model_name_or_path: no causal language model at {str(name_or_path)!r} ({_first_line(error)}); "
             "expected a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
         ) from error
+    if config.architecture:
+        described, unknown = architecture(config), object()
+        for key in config.architecture:
+            expected, found = getattr(described, key, unknown), getattr(model.config, key, unknown)
+            if found != expected:
+                raise ValueError(
+                    f"model.architecture.{key} is {expected!r}, but the model at {str(name_or_path)!r} has "
+                    f"{'no such setting' if found is unknown else repr(found)}; correct the recipe"
+                )
+    return model
 
 
 def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from harness.analysis import ASKED, HELPS, Comparison, Point, headline, measure,
 from harness.claims import Finished, finished
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
+from harness.gaps import Joint, drawn, gap_table, joint_runs, numbers, sentences
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
@@ -47,6 +48,8 @@ class Report:
     drawings: list[Drawing]
     studies: list[Finished]
     """Finished studies of papers, in or beside the directory."""
+    joint: Joint | None = None
+    """What runs on two objectives reached."""
 
     def page(self, study: Finished) -> str:
         """Where a study's page lies, as seen from the report."""
@@ -71,14 +74,15 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
     study = read_study(study_dir)
     settings = settings or _settings(study)
     found = measure(study, settings.samples, settings.confidence)
-    drawings = _figures(found, study.directory / "figures")
+    joint = joint_runs(study)
     report = Report(
         found,
         settings,
-        headline(found),
-        [t.without_empty_columns() for t in tables(found)],
-        drawings,
+        [*headline(found), *(sentences(joint) if joint else ())],
+        [t.without_empty_columns() for t in (*([gap_table(joint)] if joint else ()), *tables(found))],
+        _figures(found, study.directory / "figures", joint=joint),
         finished(study.directory),
+        joint,
     )
     results = json.dumps(_results(report), indent=1, ensure_ascii=False, allow_nan=False)
     (study.directory / "results.json").write_text(results + "\n", encoding="utf-8")
@@ -387,7 +391,7 @@ def _training(completes: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _figures(found: Comparison, folder: Path, suffix: str = ".svg") -> list[Drawing]:
+def _figures(found: Comparison, folder: Path, suffix: str = ".svg", joint: Joint | None = None) -> list[Drawing]:
     runs = {name: [s.runs[name] for s in found.study.seeds if name in s.runs] for name in found.points}
     points = {
         name: [[_measurements(found, p) for p in curve.values()] for curve in seeds.values()]
@@ -398,7 +402,8 @@ def _figures(found: Comparison, folder: Path, suffix: str = ".svg") -> list[Draw
         nulls = [t.null_mean for name in found.points if (t := found.tax(name, found.best, way)) is not None]
         floors[way] = float(np.mean(nulls))
     panels = study_panels(runs, points, floors, list(found.levels.values()), found.criterion or "preference learning")
-    return draw(folder, [*panels, *three_d_panels(runs)], looks(found.study.runs), suffix)
+    of_joint = draw(folder, *drawn(joint), suffix) if joint else []
+    return of_joint + draw(folder, [*panels, *three_d_panels(runs)], looks(found.study.runs), suffix)
 
 
 def _measurements(found: Comparison, p: Point) -> dict[str, float | None]:
@@ -467,4 +472,5 @@ def _markdown(report: Report) -> str:
 
 def _results(report: Report) -> dict[str, Any]:
     settings = {"samples": report.settings.samples, "confidence": report.settings.confidence}
-    return {"headline": report.headline, **settings, **results_of(report.found)}
+    joint = {"joint": numbers(report.joint)} if report.joint else {}
+    return {"headline": report.headline, **settings, **results_of(report.found), **joint}

@@ -3,6 +3,10 @@
     python harness/run.py                                    the miniature study, on a laptop
     python harness/run.py --config RECIPE --section.option value ...
     python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
+    python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
+    python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
+    python harness/run.py generate MODEL PROMPTS --format F  a model's answers, for AlpacaEval, Arena-Hard, WildBench and judge
+    python harness/run.py judge BASELINE ANSWERS...          whose answers a judge prefers
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -19,10 +23,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names would hide libraries
 
-from harness.config import Config, parse
+from harness.config import Config, command
 
 COMMANDS = {
     "study": "harness.study",
+    "tax": "harness.compare",
+    "generate": "harness.generate",
+    "judge": "harness.judge",
 }
 """First word of the command line -> the module whose `main` takes the words behind it."""
 
@@ -32,7 +39,13 @@ def main() -> int:
     words = sys.argv[1:]
     try:
         if not words or words[0].startswith("-"):
-            run(parse(words))
+            asked = command(words)
+            if asked.dry_run:
+                from harness.dry_run import dry_run
+
+                dry_run(asked.config, asked.world_size)
+            else:
+                run(asked.config)
         elif words[0] in COMMANDS:
             importlib.import_module(COMMANDS[words[0]]).main(words[1:])
         else:

@@ -37,7 +37,7 @@ class SeedStudy:
         self.seed = seed
         self.home = config.study.directory / f"seed-{seed}"
         self.config = located(config, str(self.home / "data"), seed)
-        self.device = torch.device(_device(config.device))
+        self.device = torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_thresholds(config.preference.warn_at)
@@ -368,7 +368,8 @@ def _git() -> str:
     return found[0] + ("+" if found[1] else "")
 
 
-def _device(name: str) -> str:
+def device_name(name: str) -> str:
+    """The device that `auto` stands for."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

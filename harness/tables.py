@@ -113,3 +113,13 @@ def p_text(p: float) -> str:
 def listing(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits.
+
+    >>> size(3 * 2**30), size(2_500_000), size(12)
+    ('3.0 GiB', '2.4 MiB', '0.0 KiB')
+    """
+    unit = next((u for u in (3, 2) if count >= 0.95 * 1024**u), 1)
+    return f"{count / 1024**unit:,.1f} {('KiB', 'MiB', 'GiB')[unit - 1]}"

@@ -170,8 +170,8 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
         config = job.config
         self.optimizer = self._optimizer()
-        warmup = config.warmup_steps if config.warmup_ratio is None else round(config.warmup_ratio * self.plan.steps)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.plan.steps)
+        steps = self.plan.steps
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup(steps), steps)
         self.metrics = job.directory / "metrics.jsonl"
         self.reference: dict[str, Tensor] = {}
         self.objective: Objective | None = None
