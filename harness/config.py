@@ -324,7 +324,8 @@ class Config:
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
     """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
     rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
-    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf."""
+    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf;
+    and reward_model, a head of one number that is measured on held-out pairs alone."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)

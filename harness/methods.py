@@ -33,6 +33,8 @@ class Method:
     """Says whose step it is, the pairs' or the supervised rows'; one run for each value of `joint.lambdas`."""
     first: str = "preference"
     """The stream that `SequentialObjective` begins with."""
+    reward: bool = False
+    """Whether what is trained is a reward model (`harness.reward`), which is measured on held-out pairs alone."""
 
     @property
     def two_gradients(self) -> bool:
@@ -77,6 +79,7 @@ METHODS: dict[str, Method] = {
     "simpo": Method("simpo", PAIR, beta=True, label="SimPO"),
     "cpo": Method("cpo", PAIR, beta=True, label="CPO"),
     "slic_hf": Method("slic_hf", PAIR, label="SLiC-HF"),
+    "reward_model": Method("bradley_terry", PAIR, label="Reward model", reward=True),
 }
 
 

@@ -147,6 +147,7 @@ class SeedRuns:
     supervised: dict[str, Any]  # its complete.json; empty without supervised training
     runs: dict[str, Run]
     optima: dict[str, float] | None = None  # least value of each objective of the joint runs
+    rewards: dict[str, Run] = field(default_factory=dict)  # reward models, which are measured on held-out pairs alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +193,15 @@ def read_study(directory: str | Path) -> Study:
 
 def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any]) -> SeedRuns | None:
     runs: dict[str, Run] = {}
+    rewards: dict[str, Run] = {}
     last_alone = (config.get("evals") or {}).get("epochs") == "last"
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
-        if (reason := _unfinished(path, last_alone)) is None:
+        if (_yaml(path / "config.yaml").get("run") or {}).get("kind") == "reward":
+            if (path / "complete.json").exists():
+                rewards[path.name] = _read_run(path)
+            else:
+                incomplete.append(f"{folder.name}/{path.name}: no complete.json, training was not finished")
+        elif (reason := _unfinished(path, last_alone)) is None:
             runs[path.name] = _read_run(path)
         else:
             incomplete.append(f"{folder.name}/{path.name}: {reason}")
@@ -206,7 +213,7 @@ def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any]) -> S
     if evaluations and not interrupted and max(evaluations) >= last:
         found = folder / "optima" / "optima.json"
         optima = (config.get("joint") or {}).get("optima") or (_json(found) if found.exists() else None)
-        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs, optima)
+        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs, optima, rewards)
     missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
     if runs:
         raise ValueError(
