@@ -7,6 +7,8 @@ log-probabilities that are taken before the first step are those of the referenc
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,19 @@ def merged(model: PeftModel) -> dict[str, Tensor]:
             if inside or not any(name.startswith(f"{layer}.") for layer in layers):
                 weights[f"{module}.{kind}" if inside else name] = value
     return weights
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Passes that can be compared, in training mode, which activation checkpointing needs."""
+    rates = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    try:
+        for module in rates:
+            module.p = 0.0
+        yield
+    finally:
+        for module, rate in rates.items():
+            module.p = rate
 
 
 def save(model: Any, folder: Path) -> None:

@@ -244,6 +244,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class SparseConfig:
+    """What the method sparse learns beside the model: a significance for every token; positive: the token counts."""
+
+    significance: Literal["hidden", "free"] = "hidden"
+    """hidden: one linear layer on hidden states; free: a number for every token of the training rows."""
+    learning_rate: float = 1e-3
+    initial: float = 0.5
+    """Significance of all tokens at the start; well above 0, all count, as in DPO."""
+
+
+@dataclass(frozen=True)
 class PreferenceConfig(StageConfig):
     """The preference stage; each method starts from the supervised model."""
 
@@ -252,6 +263,13 @@ class PreferenceConfig(StageConfig):
     warn_at: dict[str, float] = field(default_factory=dict)
     """Where the 3D-properties warn, of held-out pairs in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise;
     defaults and meaning: `ogdopt.three_d.Thresholds`."""
+    loss_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further hyper-parameters of losses by method, e.g. {simpo: {simpo_gamma: 0.5}}; the defaults are in `ogdopt.losses`."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    probe_steps: int | None = None
+    """For methods of one gradient (dpo and other losses of pairs): every so many steps, take the chosen's and the rejected's
+    gradients too and log what they say of both log-probabilities, and what the step does to them; null: never. It costs as
+    much as two steps. Methods of two gradients log what theirs say at every step, for nothing."""
 
 
 @dataclass(frozen=True)
@@ -324,8 +342,10 @@ class Config:
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
     """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
     rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
-    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf;
-    and reward_model, a head of one number that is measured on held-out pairs alone."""
+    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo,
+    flex_dpo, sft_dpo, rrhf, orpo, sparse; of pairs or of unpaired rows: kto; normalized preference optimization of a batch or
+    of each pair: npo, npo_pair; and reward_model, a head of one number
+    that is measured on held-out pairs alone."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -182,21 +182,33 @@ def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, s
     return trained.to(device).train()
 
 
-def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Completion:
+def completion_logps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    states: list[Tensor] | None = None,
+) -> Completion:
     """Log-probabilities of the scored tokens, (B, T - 1), nats in float32; column t belongs to token t + 1.
 
     The arguments are a batch's, each (B, T). The head runs at the scored positions alone, so the logits are (scored tokens, V)
-    and never (B, T, V).
+    and never (B, T, V). The hidden states there, (scored tokens, d), are added to `states`, without their graph.
     """
     model = bare(model)
     scored = loss_mask[:, 1:]
     targets = input_ids[:, 1:][scored]
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][scored]
+        wanted = {"output_hidden_states": True} if states is not None else {}
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
+        logits = output.logits[:, :-1][scored]
+        hidden = output.hidden_states[-1][:, :-1][scored] if states is not None else logits
     else:
-        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        logits = head(hidden[:, :-1][scored])
+        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = output.last_hidden_state[:, :-1][scored]
+        logits = head(hidden)
+    if states is not None:
+        states.append(hidden.detach())
     values = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     logps = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
     return Completion(logps.masked_scatter(scored, values), scored)

@@ -48,7 +48,9 @@ def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_i
 class RewardTrainer(Trainer):
     """Trains a reward model as `Trainer` trains a policy: the reward of a sequence stands at its last token."""
 
-    def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
+    def _score(
+        self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[torch.Tensor] | None = None
+    ) -> Completion:
         """Rewards as completions, (B, T - 1): the reward at the last scored token and 0 at the others, adding up to it."""
         batch = collate(examples, self.tokenizer.pad_token_id, False).to(self.device)
         scored, model = batch.loss_mask[:, 1:], self.model

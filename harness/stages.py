@@ -21,7 +21,7 @@ from harness.data import Preferences, load_preferences, load_sft, texts
 from harness.files import write_json, write_text
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
-from harness.methods import METHODS, RunSpec, runs
+from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.reward import RewardTrainer, load_reward_model
 from harness.train import Job, train
@@ -43,6 +43,7 @@ class SeedStudy:
             torch.set_num_threads(config.threads)
         _check_thresholds(config.preference.warn_at)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
+        check_loss_args(config.preference.loss_args)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
         if joint and not (config.joint.data or config.sft.data).train:
             raise ValueError(
@@ -86,7 +87,7 @@ class SeedStudy:
         reward = METHODS[spec.method].reward
         kind = "reward" if reward else "method"
         facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
-        stage = self._stage_settings("beta")
+        stage = self._stage_settings(spec.method)
         if spec.weight is None:
             facts["beta"], joint = spec.beta, None
         else:
@@ -101,9 +102,11 @@ class SeedStudy:
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
 
-    def _stage_settings(self, *unread: str) -> dict[str, Any]:
-        """The preference stage's settings without those that a run does not read, or that are in its name."""
-        return {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+    def _stage_settings(self, method: str) -> dict[str, Any]:
+        """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
+        unread = {"beta"} if METHODS[method].loss == "sparse" else {"beta", "sparse"}
+        settings = {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+        return settings | {"loss_args": settings["loss_args"].get(method, {})}
 
     def _joint_settings(self) -> dict[str, Any]:
         settings = as_dict(self.config.joint)
@@ -141,6 +144,9 @@ class SeedStudy:
             validation=self._joint_rows.get("eval", []) if joint else (),
             joint=joint,
             thresholds=config.preference.warn_at,
+            loss_args=config.preference.loss_args.get(spec.method, {}),
+            sparse=config.preference.sparse,
+            probe_steps=config.preference.probe_steps,
         )
         if METHODS[spec.method].reward:
             model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
@@ -174,7 +180,7 @@ class SeedStudy:
         given, folder = self.config.joint.optima, self.home / "optima"
         if given is not None:
             return given
-        stage = self._stage_settings("beta")
+        stage = self._stage_settings("alright")
         joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
         found = {}
         for name, weight in (("preference", 1.0), ("sft", 0.0)):

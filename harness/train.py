@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,22 +22,28 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from harness import checkpoints
-from harness.config import StageConfig
-from harness.data import Example, Preferences, collate, order
+from harness import checkpoints, probing
+from harness.adapters import bare, without_dropout
+from harness.config import SparseConfig, StageConfig
+from harness.data import Example, Preferences, collate, mismatched, order
 from harness.files import write_json
 from harness.joint import STREAMS, Joint
 from harness.measures import sums_of, unseen_mass
 from harness.meter import Meter, utilization
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
+from harness.sparse import SparseTerm
 from ogdopt import PairedGradient, StepReport
-from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
+from ogdopt.diagnostics import Probe, entanglement, probe, weights
+from ogdopt.gram import Gram
+from ogdopt.losses import LOSSES, Completion, Pairs, dpo, kto_unpaired, nll
 from ogdopt.objectives import MixedObjective, Objective, OneAtATime, SequentialObjective
+from ogdopt.per_pair import add_pair
+from ogdopt.projection import scaled
 from ogdopt.three_d import ThreeD, Thresholds
 
 EVAL_BETA = 0.1
@@ -71,6 +77,11 @@ class Job:
     """The supervised stream of a method with a schedule."""
     thresholds: dict[str, float] = field(default_factory=dict)
     """Where the 3D-properties warn, by names of `ogdopt.three_d.Thresholds`."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the method's loss beside beta."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    probe_steps: int | None = None
+    """Look into every so many steps of a method of one gradient (`preference.probe_steps`)."""
 
     def __post_init__(self) -> None:
         if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):
@@ -81,7 +92,12 @@ class Job:
         if METHODS[self.method].pairwise and not self.data.paired:
             raise ValueError(
                 f"method {self.method!r} compares two answers to one prompt, but the preference rows are unpaired (prompt, "
-                "completion, label); give pairs (prompt, chosen, rejected), or choose sft, ogd or ogd_metric"
+                "completion, label); give pairs (prompt, chosen, rejected), or choose sft, ogd, ogd_metric or kto"
+            )
+        if METHODS[self.method].loss == "kto" and not (self.data.winners and self.data.losers):
+            raise ValueError(
+                f"method {self.method!r} needs preferred and rejected completions, and there are {len(self.data.winners)} and "
+                f"{len(self.data.losers)}; give rows of both labels"
             )
 
     @property
@@ -169,10 +185,20 @@ class Trainer:
         self.plan = job.plan
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
         config = job.config
+        self.mismatched = mismatched(job.data) if self.method.loss == "kto" else []
+        self.sparse: SparseTerm | None = None
+        if self.method.loss == "sparse":
+            self.sparse = SparseTerm(job.sparse, job.data, bare(model).config.hidden_size, config.train_on_prompt, device)
+        self.trained: nn.Module = nn.ModuleList([model, self.sparse.significance]) if self.sparse else model
+        """What checkpoints hold."""
         self.optimizer = self._optimizer()
         steps = self.plan.steps
         self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup(steps), steps)
         self.metrics = job.directory / "metrics.jsonl"
+        self.probing = False
+        """Whether the present step is looked into."""
+        self.tensors: Gram | None = None
+        """What the last step's two gradients were, tensor by tensor, where there were two."""
         self.reference: dict[str, Tensor] = {}
         self.objective: Objective | None = None
         if job.joint is not None and self.method.schedule is not None:
@@ -188,7 +214,9 @@ class Trainer:
         job.directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(job.seed)
         self.reference = self._reference()
-        progress = checkpoints.restore(job.directory / "checkpoint", self.model, self.optimizer, self.scheduler)
+        if self.sparse is not None:
+            self.sparse.reference = self.reference["train_tokens"]
+        progress = checkpoints.restore(job.directory / "checkpoint", self.trained, self.optimizer, self.scheduler)
         if progress is None:
             progress = checkpoints.Progress()
             self._truncate_metrics(0)
@@ -213,7 +241,7 @@ class Trainer:
                 bar.set_postfix({"loss": f"{line['loss']:.3f}"}, refresh=False)
                 epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
                 if epoch_ends or progress.step % self._eval_steps() == 0:
-                    line |= self._measure()
+                    line |= self._measure() | self._layers()
                     progress.enough = self._enough(line)
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if epoch_ends or progress.step % job.config.logging_steps == 0 or self._measured(line):
@@ -247,15 +275,17 @@ class Trainer:
         method, config = self.method, self.job.config
         options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
         try:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            base = getattr(torch.optim, config.optimizer)(trained, lr=config.learning_rate, **options)
+            groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+            if self.sparse is not None:
+                groups.append({"params": list(self.sparse.significance.parameters()), "lr": self.job.sparse.learning_rate})
+            base = getattr(torch.optim, config.optimizer)(groups, lr=config.learning_rate, **options)
             return PairedGradient(
                 base,
                 method.rule,
                 max_norm=config.max_grad_norm,
                 metric=method.metric,
                 measure_change=method.two_gradients,
-                model=self.model,
+                model=self.trained,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -270,16 +300,26 @@ class Trainer:
         winners, losers = self.plan.rows(step)
         sums: dict[str, Tensor] = {}
         known: dict[str, float] = {}
+        each: list[Gram] = []
+        self.probing = self._probes(step)
         if self.objective is not None:
             known = self._collect_scheduled(self.objective, sums)
-        elif self.method.pairwise:
+        elif self.method.per_pair:
+            each = self._collect_each_pair(winners, sums)
+        elif self.method.loss == "kto":
+            self._collect(self._kto_losses(winners, losers, sums), sums)
+        elif self.method.loss != "nll":
             self._collect(self._pair_losses(winners, sums), sums)
         else:
-            self._collect_sides(winners, losers, sums)
+            logps = self._collect_sides(winners, losers, sums)
+            if self.method.weight is not None:
+                self.optimizer.rule = scaled(self.method.rule, self._weight(winners, logps, sums))
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        report: StepReport = self.optimizer.step()
+        with self._probe(winners, losers) if self.probing else nullcontext() as seen:
+            report: StepReport = self.optimizer.step()
         self.scheduler.step()
-        return self._line(sums, report, learning_rate, time.perf_counter() - began) | known
+        line = self._line(sums, report, learning_rate, time.perf_counter() - began) | known
+        return line | self._entanglement(line, report, seen, each)
 
     def _collect_sides(
         self, winners: list[int], losers: list[int], sums: dict[str, Tensor], weight: float = 1.0
@@ -309,6 +349,38 @@ class Trainer:
                 if side == "winner":
                     _add(sums, loss=loss)
         return torch.cat(found)
+
+    def _collect_each_pair(self, indices: list[int], sums: dict[str, Tensor]) -> list[Gram]:
+        """The mean over pairs of each one's own mixture; returns their Gram numbers."""
+        data, found = self.job.data, []
+
+        def loss(side: str, i: int, seen: dict[str, Tensor]) -> Tensor:
+            completion = self._score([(data.winners if side == "winner" else data.losers)[i]])
+            value = nll(completion, self.job.config.loss_reduction).sum()
+            seen[side] = completion.logp.detach()
+            name = {"winner": "chosen", "loser": "rejected"}[side]
+            _add(sums, tokens=completion.length.sum(), **{f"logps/{name}": seen[side].sum() / len(indices)})
+            if side == "winner":
+                _add(sums, loss=value / len(indices))
+            return value
+
+        with self.optimizer.winner():
+            for i in indices:
+                seen: dict[str, Tensor] = {}
+                winner, loser = (partial(loss, side, i, seen) for side in ("winner", "loser"))
+                rule = lambda gram, i=i, seen=seen: scaled(  # noqa: E731
+                    self.method.rule, self._weight([i], seen, sums, 1 / len(indices))
+                )(gram)
+                found.append(add_pair(self.model.parameters(), winner, loser, rule, 1 / len(indices)))
+        return found
+
+    def _weight(self, indices: list[int], logps: dict[str, Tensor], sums: dict[str, Tensor], share: float = 1.0) -> Tensor:
+        """The mean weight that a loss gives to pairs with these log-probabilities, shape ()."""
+        assert self.method.weight is not None
+        A, B = self._references(indices)
+        d_w, _ = weights(LOSSES[self.method.weight], pairs_of(logps["winner"], logps["loser"], A, B), beta=self.job.beta)
+        _add(sums, **{"npo/weight": share * d_w.mean()})
+        return d_w.mean().double()
 
     def _collect_scheduled(self, objective: Objective, sums: dict[str, Tensor]) -> dict[str, float]:
         """All micro-batches of the streams whose step this is; returns what the schedule goes by.
@@ -376,30 +448,66 @@ class Trainer:
             _add(sums, tokens=completion.length.sum())
             yield nll(completion, self.job.config.loss_reduction).sum() / len(indices)
 
+    def _kto_losses(self, winners: list[int], losers: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Each micro-batch's share of the KTO loss: the winners' mean and the losers', of pairs or not, with one divergence."""
+        data, beta = self.job.data, self.job.beta
+        places = [*winners, *(len(data.winners) + i for i in losers)]
+        policy = self._logps([self.mismatched[k] for k in places])[0]
+        z_ref = (policy - self.reference["train_mismatched"][places]).mean().clamp(min=0).item()
+        _add(sums, kl=torch.tensor(z_ref))
+        for name, rows, indices in (("chosen", data.winners, winners), ("rejected", data.losers, losers)):
+            for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+                completion = self._score([rows[i] for i in micro])
+                ref = self.reference[f"train_{name}"][micro].to(self.device)
+                wanted = torch.full((len(micro),), name == "chosen", device=self.device)
+                losses = kto_unpaired(completion, ref, wanted, beta=beta or EVAL_BETA, z_ref=z_ref, **self.job.loss_args)
+                if self.probing:
+                    side = lambda pairs, wanted=wanted, ref=ref, name=name: kto_unpaired(  # noqa: E731
+                        getattr(pairs, name), ref, wanted, beta=beta or EVAL_BETA, z_ref=z_ref, **self.job.loss_args
+                    )
+                    d = weights(side, Pairs(completion, completion))[name == "rejected"]
+                    _add(sums, **{f"entanglement/weight_{name}": d.mean() * len(micro) / len(indices)})
+                share = len(micro) / len(indices)
+                rewards = (beta or EVAL_BETA) * (completion.logp - ref).mean()
+                _add(sums, **{f"logps/{name}": completion.logp.mean() * share, f"rewards/{name}": rewards * share})
+                _add(sums, tokens=completion.length.sum())
+                yield losses.sum() / len(indices)
+
     def _pair_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
-        entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
+        options = self.job.loss_args | ({} if beta is None else {"beta": beta})
         for micro in chunks(indices, self.job.config.per_device_train_batch_size):
-            n = len(micro)
-            both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
+            n, states = len(micro), [] if self.sparse else None
+            both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro], states=states)
             chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
             pairs = Pairs(chosen, rejected)
-            if entry.reference:
+            if self.method.reference:
                 pairs = Pairs(chosen, rejected, *self._references(micro))
             share = n / len(indices)
             _add(sums, tokens=both.length.sum())
             _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
-            if entry.reference and beta is not None:
+            if self.method.reference and beta is not None:
                 ratios = pairs.log_ratios()
                 _add(sums, **{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
-            yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices)
+            if self.sparse is not None and states is not None:
+                losses, on = self.sparse.losses(chosen, rejected, states[0], micro, **options)
+                _add(sums, **{name: value * share for name, value in on.items()})
+            else:
+                entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
+                losses = entry(pairs, **options)
+                if self.probing:
+                    found = zip(("chosen", "rejected"), weights(entry, pairs, **options))
+                    _add(sums, **{f"entanglement/weight_{side}": d.mean() * share for side, d in found})
+            yield losses.sum() / len(indices)
 
-    def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
+    def _score(
+        self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[Tensor] | None = None
+    ) -> Completion:
         on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
         batch = collate(examples, self.tokenizer.pad_token_id, on_prompt).to(self.device)
         with self.autocast:
-            return completion_logps(self.model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+            return completion_logps(self.model, batch.input_ids, batch.attention_mask, batch.loss_mask, states)
 
     def _line(self, sums: dict[str, Tensor], report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
         line = {name: float(value) for name, value in sums.items()}
@@ -426,6 +534,45 @@ class Trainer:
                 line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
         return line
 
+    # ---- what the two gradients say ---------------------------------------------------------------------------------------
+
+    def _probes(self, step: int) -> bool:
+        every, method = self.job.probe_steps, self.method
+        both = self.job.data.paired or method.loss == "kto"
+        return bool(every and step % every == 0 and both) and not (method.two_gradients or method.per_pair or method.schedule)
+
+    def _probe(self, winners: list[int], losers: list[int]) -> AbstractContextManager[Probe]:
+        """Watch what the step does to the mean log-probabilities of its batch."""
+
+        def mean(rows: list[Example], indices: list[int]) -> Iterator[Tensor]:
+            with without_dropout(self.model):
+                for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+                    yield self._score([rows[i] for i in micro]).logp.sum() / len(indices)
+
+        data = self.job.data
+        return probe(self.trained.parameters(), partial(mean, data.winners, winners), partial(mean, data.losers, losers))
+
+    def _entanglement(
+        self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
+    ) -> dict[str, float]:
+        self.tensors = report.tensors if self.method.two_gradients and "logps/rejected" in line else None
+        if self.tensors is not None:
+            return entanglement(self.tensors)  # with the weights of DPO, whatever the rule makes of the two
+        if each:
+            return probing.over_pairs(each)
+        if seen is None:
+            return {}
+        self.tensors = seen.gram
+        names = [f"entanglement/weight_{side}" for side in ("chosen", "rejected")]
+        d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(name, math.nan) for name in names)
+        found = entanglement(seen.gram, d_w, d_l)
+        if math.isnan(d_w):  # the sparse loss weighs tokens, not answers
+            found = {k: v for k, v in found.items() if "condition" not in k and "case" not in k}
+        return found | seen.metrics | self._layers()
+
+    def _layers(self) -> dict[str, float]:
+        return {} if self.tensors is None else probing.layers(self.tensors, probing.names(self.trained))
+
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------
 
     def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
@@ -440,6 +587,15 @@ class Trainer:
     def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
         return sums_of(self._scores(examples, on_prompt))
+
+    def _token_logps(self, examples: Sequence[Example]) -> Tensor:
+        """Log-probabilities of all tokens that training scores, example after example, on the CPU, without gradients."""
+        found = []
+        with torch.no_grad(), without_dropout(self.model):
+            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
+                completion = self._score(micro)
+                found.append(completion.logps[completion.mask.bool()].cpu())
+        return torch.cat(found)
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
@@ -469,9 +625,13 @@ class Trainer:
 
     def _reference_logps(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        if self.method.schedule or (self.method.pairwise and LOSSES[self.method.loss].reference):
+        if self.method.reference:
             found["train_chosen"] = self._logps(self.job.data.winners)[0]
             found["train_rejected"] = self._logps(self.job.data.losers)[0]
+        if self.method.loss == "kto":
+            found["train_mismatched"] = self._logps(self.mismatched)[0]
+        if self.sparse is not None:
+            found["train_tokens"] = self._token_logps([*self.job.data.winners, *self.job.data.losers])
         if self.job.held_out is not None:
             found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
             found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
@@ -536,7 +696,7 @@ class Trainer:
         progress.metrics_bytes = self.metrics.stat().st_size
         if self.objective is not None:
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
-        checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler)
+        checkpoints.save(self.job.directory / "checkpoint", progress, self.trained, self.optimizer, self.scheduler)
 
     def _export(self, epoch: int, line: dict[str, float]) -> None:
         figures = {k: v for k, v in line.items() if k.startswith("eval_")}
@@ -546,8 +706,13 @@ class Trainer:
 
 def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
     """The DPO loss of pairs, (N,), from log-probabilities of their answers, (N,) each; A and B are the reference's."""
+    return dpo(pairs_of(a, b, A, B), beta=beta)
+
+
+def pairs_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Pairs:
+    """Pairs of which the answers' log-probabilities, (N,) each, are all that is known."""
     one = torch.ones(len(a), 1, device=a.device)
-    return dpo(Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B), beta=beta)
+    return Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B)
 
 
 def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:
