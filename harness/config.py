@@ -350,7 +350,8 @@ class Config:
     rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
     mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo,
     flex_dpo, sft_dpo, rrhf, orpo, sparse; of pairs or of unpaired rows: kto; normalized preference optimization of a batch or
-    of each pair: npo, npo_pair."""
+    of each pair: npo, npo_pair; and reward_model, a head of one number
+    that is measured on held-out pairs alone."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -135,7 +135,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
             f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
         )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(built, **_attention(config))
+    model = AutoModelForCausalLM.from_config(built, **attention_of(config))
     model.generation_config.update(**ids)
     return model.to(getattr(torch, config.dtype))
 
@@ -147,7 +147,7 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config)
+            str(name_or_path), dtype=getattr(torch, config.dtype), **attention_of(config)
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -251,7 +251,8 @@ Trained from `{base}` with ogdopt. Recipe:
 """
 
 
-def _attention(config: ModelConfig) -> dict[str, Any]:
+def attention_of(config: ModelConfig) -> dict[str, Any]:
+    """The keyword of `from_pretrained` that chooses the attention's implementation, where one is chosen."""
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 

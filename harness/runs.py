@@ -147,6 +147,7 @@ class SeedRuns:
     supervised: dict[str, Any]  # its complete.json; empty without supervised training
     runs: dict[str, Run]
     optima: dict[str, float] | None = None  # least value of each objective of the joint runs
+    rewards: dict[str, Run] = field(default_factory=dict)  # reward models, which are measured on held-out pairs alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +199,14 @@ def read_study(directory: str | Path, evaluated: bool = True) -> Study:
 
 def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any], needed: str) -> SeedRuns | None:
     runs: dict[str, Run] = {}
+    rewards: dict[str, Run] = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
-        if (reason := _unfinished(path, needed)) is None:
+        if (_yaml(path / "config.yaml").get("run") or {}).get("kind") == "reward":
+            if (path / "complete.json").exists():
+                rewards[path.name] = _read_run(path)
+            else:
+                incomplete.append(f"{folder.name}/{path.name}: no complete.json, training was not finished")
+        elif (reason := _unfinished(path, needed)) is None:
             runs[path.name] = _read_run(path)
         else:
             incomplete.append(f"{folder.name}/{path.name}: {reason}")
@@ -212,7 +219,7 @@ def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any], need
         found = folder / "optima" / "optima.json"
         optima = (config.get("joint") or {}).get("optima") or (_json(found) if found.exists() else None)
         reference = evaluations[max(evaluations)] if evaluations else supervised
-        return SeedRuns(int(_number(folder)), reference, complete, runs, optima)
+        return SeedRuns(int(_number(folder)), reference, complete, runs, optima, rewards)
     missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
     if runs:
         raise ValueError(

@@ -23,6 +23,7 @@ from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.reward import RewardTrainer, load_reward_model
 from harness.train import Job, train
 from harness.world import make_world
 from ogdopt.three_d import Thresholds
@@ -88,7 +89,9 @@ class SeedStudy:
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
         directory = self.home / spec.name
-        facts: dict[str, Any] = {"name": spec.name, "kind": "method", "method": spec.method, "label": spec.label}
+        reward = METHODS[spec.method].reward
+        kind = "reward" if reward else "method"
+        facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
         stage = self._stage_settings(spec.method)
         if spec.weight is None:
             facts["beta"], joint = spec.beta, None
@@ -98,6 +101,8 @@ class SeedStudy:
         self._record(directory, facts, stage, joint)
         if not (directory / "complete.json").is_file():
             self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        if reward:
+            return  # it answers no questions
         epochs = json.loads((directory / "complete.json").read_text())["epochs"]
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
@@ -148,6 +153,10 @@ class SeedStudy:
             sparse=config.preference.sparse,
             probe_steps=config.preference.probe_steps,
         )
+        if METHODS[spec.method].reward:
+            model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
+            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16).run()
+            return
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
         train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference)
