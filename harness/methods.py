@@ -40,6 +40,8 @@ class Method:
     by."""
     per_pair: bool = False
     """Whether each pair has its own two gradients, mixture and weight, and the batch takes the mean of these."""
+    reward: bool = False
+    """Whether what is trained is a reward model (`harness.reward`), which is measured on held-out pairs alone."""
 
     @property
     def two_gradients(self) -> bool:
@@ -108,6 +110,7 @@ METHODS: dict[str, Method] = {
     "sparse": Method("sparse", PAIR, beta=True, label="Sparse DPO"),
     "npo": Method("nll", APART, normalized, beta=True, label="NPO", weight="dpo"),
     "npo_pair": Method("nll", APART, normalized, beta=True, label="NPO (each pair)", weight="dpo", per_pair=True),
+    "reward_model": Method("bradley_terry", PAIR, label="Reward model", reward=True),
 }
 
 

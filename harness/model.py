@@ -69,8 +69,11 @@ def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> 
     return tokenizer
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or the hub. Raises ValueError if it cannot be had or lacks an end token."""
+def load_tokenizer(name_or_path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or the hub, with `chat_template` instead of its own if there is one.
+
+    Raises ValueError if it cannot be had or lacks an end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), mistral_format=False)
     except (OSError, ValueError) as error:
@@ -84,6 +87,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -130,7 +135,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
             f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
         )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(built, **_attention(config))
+    model = AutoModelForCausalLM.from_config(built, **attention_of(config))
     model.generation_config.update(**ids)
     return model.to(getattr(torch, config.dtype))
 
@@ -142,7 +147,7 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config)
+            str(name_or_path), dtype=getattr(torch, config.dtype), **attention_of(config)
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -246,7 +251,8 @@ Trained from `{base}` with ogdopt. Recipe:
 """
 
 
-def _attention(config: ModelConfig) -> dict[str, Any]:
+def attention_of(config: ModelConfig) -> dict[str, Any]:
+    """The keyword of `from_pretrained` that chooses the attention's implementation, where one is chosen."""
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 

@@ -65,7 +65,9 @@ def run(config: Config) -> None:
     """All seeds of a study, then its report."""
     import transformers  # seconds, which other commands need not wait for
 
-    from harness.report import print_table, write_report
+    from harness.gaps import write_gaps
+    from harness.methods import METHODS
+    from harness.report import print_gaps, print_table, write_report
     from harness.stages import SeedStudy, record
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -79,10 +81,14 @@ def run(config: Config) -> None:
         study.supervised()
         for spec in study.specs:
             study.method(spec)
-    if config.evals.tasks or config.evals.lm_eval_tasks:
+    if all(METHODS[name].reward for name in config.methods):
+        print(f"no report, since reward models answer no questions; see metrics.jsonl in {config.study.directory}")
+    elif config.evals.tasks or config.evals.lm_eval_tasks:
         print_table(write_report(config.study.directory, config.report))
     else:
         print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+        if (joint := write_gaps(config.study.directory)) is not None:
+            print_gaps(joint, config.study.directory / "gaps.md")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ import yaml
 
 from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Preferences, load_preferences, load_sft, texts
-from harness.files import write_json, write_text
+from harness.files import replaced, write_json, write_text
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.reward import RewardTrainer, load_reward_model
 from harness.train import Job, train
 from harness.world import make_world
 from ogdopt.three_d import Thresholds
@@ -54,9 +55,14 @@ class SeedStudy:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
         if self.config.world is not None:
             make_world(self.config.world, self.home / "data")
-        folder = self.home / "tokenizer"
-        if self.config.model.tokenizer_name_or_path is None and not folder.is_dir():
-            train_tokenizer(self._texts(), self.config.model, folder)
+        model, folder = self.config.model, self.home / "tokenizer"
+        if folder.is_dir():
+            return
+        if model.tokenizer_name_or_path is None:
+            train_tokenizer(self._texts(), model, folder)
+        elif model.chat_template is not None:  # kept with it, for models that are evaluated as they came
+            with replaced(folder) as temporary:
+                load_tokenizer(model.tokenizer_name_or_path, model.chat_template).save_pretrained(temporary)
 
     def supervised(self) -> None:
         """Train the start of all methods, if there is supervised data, and evaluate it."""
@@ -83,7 +89,9 @@ class SeedStudy:
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
         directory = self.home / spec.name
-        facts: dict[str, Any] = {"name": spec.name, "kind": "method", "method": spec.method, "label": spec.label}
+        reward = METHODS[spec.method].reward
+        kind = "reward" if reward else "method"
+        facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
         stage = self._stage_settings(spec.method)
         if spec.weight is None:
             facts["beta"], joint = spec.beta, None
@@ -93,6 +101,8 @@ class SeedStudy:
         self._record(directory, facts, stage, joint)
         if not (directory / "complete.json").is_file():
             self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        if reward:
+            return  # it answers no questions
         epochs = json.loads((directory / "complete.json").read_text())["epochs"]
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
@@ -143,6 +153,10 @@ class SeedStudy:
             sparse=config.preference.sparse,
             probe_steps=config.preference.probe_steps,
         )
+        if METHODS[spec.method].reward:
+            model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
+            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16).run()
+            return
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
         train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference)
@@ -180,7 +194,7 @@ class SeedStudy:
             self._record(folder / name, facts | {"lambda": weight}, stage, joint)
             if not (folder / name / "complete.json").is_file():
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
-                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs)
+                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
             lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
             found[name] = min(line[key] for line in lines if (key := f"eval_objective/{name}") in line)
         write_json(folder / "optima.json", found)
@@ -214,7 +228,13 @@ class SeedStudy:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of all models of this study."""
-        return load_tokenizer(self.config.model.tokenizer_name_or_path or self.home / "tokenizer")
+        return load_tokenizer(self._words, self.config.model.chat_template)
+
+    @property
+    def _words(self) -> str | Path:
+        """Where the study's tokenizer is."""
+        name = self.config.model.tokenizer_name_or_path
+        return self.home / "tokenizer" if name is None or self.config.model.chat_template is not None else name
 
     @cached_property
     def _supervised_rows(self) -> dict[str, Any]:
@@ -276,7 +296,7 @@ class SeedStudy:
         if not (evals.tasks or evals.lm_eval_tasks) or output.is_file():
             return
         print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
-        words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
+        words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
 

@@ -1,8 +1,10 @@
-"""What the 3D-properties of a study's runs were (`ogdopt.three_d`), as the report shows it; imports no torch."""
+"""What "3D-properties" looks at in a study's runs: these properties (`ogdopt.three_d`), and how steady reward models are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from harness.analysis import Comparison
 from harness.figures import Panel, logged
@@ -55,6 +57,56 @@ def three_d_panels(runs: Mapping[str, Sequence[Run]]) -> Iterator[Panel]:
         "for curves that rise (dispersion).",
         ylabels=["log gradient ratio", "chosen below peak", "unseen"],
         curves=[logged(runs, key) for key in ("3d/log_gradient_ratio", "3d/chosen_drop", "3d/unseen")],
+        xlabel="optimizer step",
+        markers=False,
+    )
+
+
+STEADY = "How steadily held-out pairs are ordered"
+
+
+def reward_models(found: Comparison) -> dict[str, list[Run]]:
+    """The finished reward models, a run a seed."""
+    models: dict[str, list[Run]] = {}
+    for seed in found.study.seeds:
+        for name, run in seed.rewards.items():
+            models.setdefault(name, []).append(run)
+    return models
+
+
+def steady_table(found: Comparison) -> Table | None:
+    """Held-out accuracy at the end, and how much it wavers; None without a reward model to compare with."""
+    models = reward_models(found)
+    if not models:
+        return None
+    policies = {name: [seed.runs[name] for seed in found.study.seeds if name in seed.runs] for name in found.points}
+    rows = []
+    for name, runs in (models | policies).items():
+        series = [values for run in runs if (values := run.series("eval_rewards/accuracies")[1])]
+        if series:
+            late = [float(np.std(values[len(values) // 2 :])) for values in series]
+            cells = [
+                spread([v[-1] for v in series], 1, scale=100, unit="%"),
+                spread([max(v) for v in series], 1, scale=100, unit="%"),
+            ]
+            label = runs[0].label if name in models else found.label(name)
+            rows.append([label, *cells, spread(late, 2, scale=100)])
+    note = (
+        "Share of held-out pairs whose chosen answer scores higher: by the reward model, and by the implicit reward of the "
+        "others (the change of log-probability since the start). Wavering: standard deviation over the last half of training, "
+        "in points. The paper finds the reward model's steady and DPO's not (figure 4)."
+    )
+    return Table(STEADY, ["method", "at the end", "best", "wavering"], rows, note)
+
+
+def steady_panels(runs: Mapping[str, Sequence[Run]]) -> Iterator[Panel]:
+    """Figure 4 of "3D-properties"; `runs` are policies and reward models."""
+    yield Panel(
+        "pairs_ordered",
+        "Held-out pairs ordered rightly, reward model and policies",
+        "Look for a reward model whose curve is smooth where those of DPO waver or fall in later epochs.",
+        ylabels=["share of pairs"],
+        curves=[logged(runs, "eval_rewards/accuracies")],
         xlabel="optimizer step",
         markers=False,
     )
