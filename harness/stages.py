@@ -357,7 +357,7 @@ def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) ->
         if changed:
             raise ValueError(
                 f"{directory} was made with other settings: {'; '.join(changed)}. Choose another directory "
-                "(--study.output_dir; of generate: --output_dir), or delete that folder to make it again"
+                "(--study.output_dir, or --output_dir of generate), or delete that folder to make it again"
             )
         return
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
