@@ -11,8 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,10 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, get_scheduler
 
 from harness import checkpoints
+from harness.adapters import bare
+from harness.batches import Micro, deal, slots
 from harness.config import StageConfig
 from harness.data import Example, Preferences, collate, order
 from harness.files import write_json
@@ -34,16 +34,14 @@ from harness.joint import STREAMS, Joint
 from harness.meter import Meter, utilization
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
-from ogdopt import PairedGradient, StepReport
+from harness.progress import Bar, Speed, Stopped, Taken, stop_signals
+from harness.ranks import ALONE, Ranks
+from ogdopt import PairedGradient
 from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
-from ogdopt.objectives import MixedObjective, Objective, OneAtATime, SequentialObjective
+from ogdopt.objectives import MaxGapObjective, MixedObjective, Objective, OneAtATime, SequentialObjective
 
 EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop, and its state is saved."""
 
 
 @dataclass
@@ -138,13 +136,14 @@ def train(
     device: torch.device,
     bf16: bool = False,
     reference: Callable[[], PreTrainedModel] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run a job to its end, or continue it: metrics.jsonl, checkpoint/, model/epoch-n and, last, complete.json.
 
     `reference` loads the reference model where that is not `model` itself; only its log-probabilities are kept. Raises Stopped
     after saving when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    Trainer(job, model, tokenizer, device, bf16, reference).run()
+    Trainer(job, model, tokenizer, device, bf16, reference, ranks).run()
 
 
 class Trainer:
@@ -158,12 +157,15 @@ class Trainer:
         device: torch.device,
         bf16: bool,
         reference: Callable[[], PreTrainedModel] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.job, self.model, self.tokenizer, self.device = job, model, tokenizer, device
         self.load_reference = reference
+        self.ranks = ranks
         self.method: Method = METHODS[job.method]
         self.plan = job.plan
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 and device.type != "cpu" else nullcontext()
+        cast = bf16 and device.type != "cpu" and not isinstance(bare(model), FSDPModule)  # which casts by itself
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if cast else nullcontext()
         config = job.config
         self.optimizer = self._optimizer()
         steps = self.plan.steps
@@ -181,9 +183,48 @@ class Trainer:
         """Train from the last checkpoint, or from the start."""
         job, plan = self.job, self.plan
         job.directory.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(job.seed)
+        torch.manual_seed(job.seed + 1_000_003 * self.ranks.rank)
         self.reference = self._reference()
-        progress = checkpoints.restore(job.directory / "checkpoint", self.model, self.optimizer, self.scheduler)
+        progress = self._restored()
+        meter, speed = Meter(self.device), Speed()
+        with Bar(job.label, plan.steps, progress.step, self.ranks.first) as bar, stop_signals() as asked:
+            while progress.step < plan.steps and not progress.enough:
+                with meter:
+                    taken = self._step(progress.step)
+                progress.step += 1
+                progress.seconds += speed.lap()
+                epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
+                measured = epoch_ends or progress.step % self._eval_steps() == 0
+                line: dict[str, float] = {}
+                if measured or progress.step % job.config.logging_steps == 0:
+                    line, stop = self._line(taken, asked, speed)
+                    bar.show(progress.step, line)
+                else:
+                    stop = self._asked(asked)
+                    bar.advance(progress.step)
+                if measured:
+                    line |= self._measure()
+                    progress.enough = self._enough(line)
+                    epoch_ends = epoch_ends or bool(progress.enough)
+                if line:
+                    self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
+                if epoch_ends:
+                    self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
+                due = job.config.save_steps and progress.step % job.config.save_steps == 0
+                if epoch_ends or due or stop:
+                    progress.costs = meter.added_to(progress.costs)
+                    self._save(progress)
+                if stop:
+                    raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
+        done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
+        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
+        done |= {"stopped": progress.enough} if progress.enough else {}
+        self.ranks.tell(lambda: write_json(job.directory / "complete.json", done))
+
+    def _restored(self) -> checkpoints.Progress:
+        """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
+        folder = self.job.directory / "checkpoint"
+        progress = checkpoints.restore(folder, self.model, self.optimizer, self.scheduler, self.ranks)
         if progress is None:
             progress = checkpoints.Progress()
             self._truncate_metrics(0)
@@ -193,35 +234,11 @@ class Trainer:
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
                 self.taken = dict(progress.schedule["taken"])
-        meter = Meter(self.device)
-        bar = tqdm(total=plan.steps, initial=progress.step, desc=job.label, unit="step", leave=False, dynamic_ncols=True)
-        with bar, stop_signals() as asked:
-            mark = time.perf_counter()
-            while progress.step < plan.steps and not progress.enough:
-                with meter:
-                    line = self._step(progress.step)
-                progress.step += 1
-                mark, progress.seconds = time.perf_counter(), progress.seconds + time.perf_counter() - mark
-                bar.update()
-                bar.set_postfix({"loss": f"{line['loss']:.3f}"}, refresh=False)
-                epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
-                if epoch_ends or progress.step % self._eval_steps() == 0:
-                    line |= self._measure()
-                    progress.enough = self._enough(line)
-                    epoch_ends = epoch_ends or bool(progress.enough)
-                if epoch_ends or progress.step % job.config.logging_steps == 0 or self._measured(line):
-                    self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
-                if epoch_ends:
-                    self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
-                due = job.config.save_steps and progress.step % job.config.save_steps == 0
-                if epoch_ends or due or asked:
-                    progress.costs = meter.added_to(progress.costs)
-                    self._save(progress)
-                if asked:
-                    raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}")
-        done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
-        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
-        write_json(job.directory / "complete.json", done | ({"stopped": progress.enough} if progress.enough else {}))
+        return progress
+
+    def _asked(self, asked: list[int]) -> int:
+        """The signal that asked a process to stop; 0 for none. All of them learn of it at the same step."""
+        return max(self.ranks.gather(asked[0] if asked else 0))
 
     def _enough(self, line: dict[str, float]) -> str:
         """Why this run may end before its last step; "" where it may not. One after the other always runs to its end."""
@@ -229,10 +246,6 @@ class Trainer:
         if joint is None or self.method.schedule is SequentialObjective:
             return ""
         return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
-
-    @staticmethod
-    def _measured(line: dict[str, float]) -> bool:
-        return any(name.startswith("eval_") for name in line)
 
     def _optimizer(self) -> PairedGradient:
         """The configured optimizer under the method's rule; raises ValueError where torch or the library refuses it."""
@@ -257,52 +270,61 @@ class Trainer:
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> dict[str, float]:
-        began = time.perf_counter()
+    def _step(self, step: int) -> Taken:
         winners, losers = self.plan.rows(step)
-        sums: dict[str, Tensor] = {}
-        known: dict[str, float] = {}
+        taken = Taken()
         if self.objective is not None:
-            known = self._collect_scheduled(self.objective, sums)
+            taken.known = self._collect_scheduled(self.objective, taken)
         elif self.method.pairwise:
-            self._collect(self._pair_losses(winners, sums), sums)
+            self._collect(self._pair_losses(winners, taken), taken)
         else:
-            self._collect_sides(winners, losers, sums)
-        learning_rate = float(self.scheduler.get_last_lr()[0])
-        report: StepReport = self.optimizer.step()
+            self._collect_sides(winners, losers, taken)
+        taken.learning_rate = float(self.scheduler.get_last_lr()[0])
+        taken.report = self.optimizer.step()
         self.scheduler.step()
-        return self._line(sums, report, learning_rate, time.perf_counter() - began) | known
+        return taken
 
-    def _collect_sides(
-        self, winners: list[int], losers: list[int], sums: dict[str, Tensor], weight: float = 1.0
-    ) -> dict[str, Tensor]:
+    def _collect_sides(self, winners: list[int], losers: list[int], taken: Taken, weight: float = 1.0) -> dict[str, Tensor]:
         """Each side's gradient, one side after the other; returns their log-probabilities, (N,) each."""
         rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
         return {
-            side: self._collect_side(side, [rows[side][0][i] for i in rows[side][1]], sums, weight)
+            side: self._collect_side(side, [rows[side][0][i] for i in rows[side][1]], taken, weight)
             for side in self.method.sides
         }
 
-    def _collect_side(self, side: str, examples: list[Example], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
+    def _collect_side(self, side: str, examples: list[Example], taken: Taken, weight: float = 1.0) -> Tensor:
         """All micro-batches of one side: the gradient of `weight` times the mean negative log-likelihood.
 
-        Returns the log-probabilities, (N,).
+        Returns the log-probabilities of this process's examples in their places, (N,), and zeros.
         """
-        name = {"winner": "chosen", "loser": "rejected"}[side]
-        found = []
+        name, n = {"winner": "chosen", "loser": "rejected"}[side], len(examples)
+        found = torch.zeros(n, device=self.device)
         with getattr(self.optimizer, side)():
-            for micro in chunks(examples, self.job.config.per_device_train_batch_size):
-                completion = self._score(micro)
-                loss = weight * nll(completion, self.job.config.loss_reduction).sum() / len(examples)
-                loss.backward()
-                found.append(completion.logp.detach())
-                _add(sums, **{f"logps/{name}": completion.logp.mean() * len(micro) / len(examples)})
-                _add(sums, tokens=completion.length.sum())
+            for micro in self._deal(examples, taken):
+                completion = self._score([examples[i] for i in micro.rows])
+                loss = weight * nll(completion, self.job.config.loss_reduction).sum() / n * micro.counts
+                (self.ranks.size * loss).backward()
+                if micro.counts:
+                    found[micro.rows] = completion.logp.detach()
+                    taken.add(**{f"logps/{name}": completion.logp.sum() / n})
                 if side == "winner":
-                    _add(sums, loss=loss)
-        return torch.cat(found)
+                    taken.add(loss=loss)
+        return found
 
-    def _collect_scheduled(self, objective: Objective, sums: dict[str, Tensor]) -> dict[str, float]:
+    def _deal(self, examples: Sequence[Example], taken: Taken | None = None, answers: int = 1) -> list[Micro]:
+        """This process's micro-batches of a batch; a row goes through the model with `answers` sequences of its length."""
+        config = self.job.config
+        lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+        most, budget = config.per_device_train_batch_size, config.per_device_train_tokens
+        if taken is None:  # without gradients: as many tokens as a training pass may have, in any number of sequences
+            most, budget = max(64, most), budget or most * config.data.max_length
+        micros = deal(lengths, most, budget and budget // answers, self.ranks.rank, self.ranks.size)
+        if taken is not None:
+            taken.tokens += answers * sum(lengths[i] for micro in micros if micro.counts for i in micro.rows)
+            taken.slots += answers * sum(slots(lengths, micro) for micro in micros)
+        return micros
+
+    def _collect_scheduled(self, objective: Objective, taken: Taken) -> dict[str, float]:
         """All micro-batches of the streams whose step this is; returns what the schedule goes by.
 
         Both streams' next rows are fixed before the choice, and a stream that has no step keeps them for its next one.
@@ -311,35 +333,37 @@ class Trainer:
         known: dict[str, float] = {}
         if isinstance(objective, MixedObjective):
             weights = objective.weights
-            objective({name: partial(self._collect_stream, name, rows[name], sums, weights[name]) for name in rows})
+            objective({name: partial(self._collect_stream, name, rows[name], taken, weights[name]) for name in rows})
             used = list(rows)
         else:
             assert isinstance(objective, OneAtATime)
-            seen: dict[str, Tensor] = {}
+            seen: list[str] = []
 
             def evaluate(name: str) -> Tensor:
-                seen[name] = torch.stack(list(self._losses(name, rows[name], {}))).sum()
-                return seen[name]
+                seen.append(name)
+                return self.ranks.size * torch.stack(list(self._losses(name, rows[name], Taken()))).sum()
 
             name = objective.choose({name: partial(evaluate, name) for name in rows})
-            known = {f"objective/{n}": float(loss) for n, loss in seen.items() if n != name}
+            if isinstance(objective, MaxGapObjective):  # which takes the mean over processes
+                known = {f"objective/{n}": objective.losses[n] for n in seen if n != name}
             known |= {f"objective/gap_{n}": gap for n, gap in objective.gaps.items()}
             known["objective/chosen"] = float(name == "preference")
-            objective.observe(name, self._collect_stream(name, rows[name], sums))
+            objective.observe(name, self.ranks.size * self._collect_stream(name, rows[name], taken))
             used = [name]
         for name in used:
             self.taken[name] += 1
         return known | {f"epoch/{name}": n / self.streams[name].steps_per_epoch for name, n in self.taken.items()}
 
-    def _collect_stream(self, name: str, indices: list[int], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        """The gradient of one stream's batch; returns its objective, whatever loss the gradient is of."""
+    def _collect_stream(self, name: str, indices: list[int], taken: Taken, weight: float = 1.0) -> Tensor:
+        """The gradient of one stream's batch; returns this process's share of its objective, whatever the gradient is of."""
         if name == "preference" and self.method.loss == "nll":
-            logps = self._collect_sides(indices, indices, sums, weight)
+            logps = {side: self.ranks.sum(x) for side, x in self._collect_sides(indices, indices, taken, weight).items()}
             A, B = self._references(indices)
-            loss = dpo_of(logps["winner"], logps["loser"], A, B, self.job.beta or EVAL_BETA).mean()
+            beta = self.job.beta or EVAL_BETA
+            loss = dpo_of(logps["winner"], logps["loser"], A, B, beta).mean() / self.ranks.size
         else:
-            loss = self._collect(self._losses(name, indices, sums), sums, weight)
-        _add(sums, **{f"objective/{name}": loss})
+            loss = self._collect(self._losses(name, indices, taken), taken, weight)
+        taken.add(**{f"objective/{name}": loss})
         return loss
 
     def _references(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -347,56 +371,67 @@ class Trainer:
         A, B = (self.reference[f"train_{side}"][indices].to(self.device) for side in ("chosen", "rejected"))
         return A, B
 
-    def _losses(self, name: str, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
-        return (self._pair_losses if name == "preference" else self._supervised_losses)(indices, sums)
+    def _losses(self, name: str, indices: list[int], taken: Taken) -> Iterator[Tensor]:
+        return (self._pair_losses if name == "preference" else self._supervised_losses)(indices, taken)
 
-    def _collect(self, losses: Iterable[Tensor], sums: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        """The gradient of `weight` times the sum of micro-batches' losses, added to the winner's; returns the sum."""
+    def _collect(self, losses: Iterable[Tensor], taken: Taken, weight: float = 1.0) -> Tensor:
+        """The gradient of `weight` times the sum of micro-batches' losses, added to the winner's; returns the sum.
+
+        Gradients are averaged over the processes, and the batch's loss is the sum of theirs: hence the factor.
+        """
         found = []
         with self.optimizer.winner():
             for loss in losses:
-                (weight * loss).backward()
+                (self.ranks.size * weight * loss).backward()
                 found.append(loss.detach())
-                _add(sums, loss=weight * loss)
+                taken.add(loss=weight * loss)
         return torch.stack(found).sum()
 
-    def _supervised_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _supervised_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean negative log-likelihood of supervised rows."""
         assert self.job.joint is not None
-        for micro in chunks(indices, self.job.config.per_device_train_batch_size):
-            completion = self._score([self.job.joint.supervised[i] for i in micro])
-            _add(sums, tokens=completion.length.sum())
-            yield nll(completion, self.job.config.loss_reduction).sum() / len(indices)
+        examples = [self.job.joint.supervised[i] for i in indices]
+        for micro in self._deal(examples, taken):
+            completion = self._score([examples[i] for i in micro.rows])
+            yield nll(completion, self.job.config.loss_reduction).sum() / len(indices) * micro.counts
 
-    def _pair_losses(self, indices: list[int], sums: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _pair_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
         entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
-        for micro in chunks(indices, self.job.config.per_device_train_batch_size):
-            n = len(micro)
-            both = self._score([data.winners[i] for i in micro] + [data.losers[i] for i in micro])
+        longer = [max(data.winners[i], data.losers[i], key=lambda e: len(e.completion_ids)) for i in indices]
+        for micro in self._deal(longer, taken, answers=2):
+            rows, n = [indices[i] for i in micro.rows], len(micro.rows)
+            both = self._score([data.winners[i] for i in rows] + [data.losers[i] for i in rows])
             chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
             pairs = Pairs(chosen, rejected)
             if entry.reference:
-                pairs = Pairs(chosen, rejected, *self._references(micro))
-            share = n / len(indices)
-            _add(sums, tokens=both.length.sum())
-            _add(sums, **{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
-            if entry.reference and beta is not None:
-                ratios = pairs.log_ratios()
-                _add(sums, **{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
-            yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices)
+                pairs = Pairs(chosen, rejected, *self._references(rows))
+            if micro.counts:
+                share = n / len(indices)
+                taken.add(**{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
+                if entry.reference and beta is not None:
+                    ratios = pairs.log_ratios()
+                    taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+            yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices) * micro.counts
 
     def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
         on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
-        batch = collate(examples, self.tokenizer.pad_token_id, on_prompt).to(self.device)
+        batch = collate(examples, self.tokenizer.pad_token_id, on_prompt)
+        ids, attention = (x.to(self.device, non_blocking=True) for x in (batch.input_ids, batch.attention_mask))
         with self.autocast:
-            return completion_logps(self.model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+            return completion_logps(self.model, ids, attention, batch.loss_mask)  # the mask stays: no question to the device
 
-    def _line(self, sums: dict[str, Tensor], report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
-        line = {name: float(value) for name, value in sums.items()}
-        tokens = line.pop("tokens")
-        line |= {"learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens_per_second": tokens / seconds}
+    def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
+        """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
+        report = taken.report
+        assert report is not None
+        flags = [0.0] * self.ranks.size
+        flags[self.ranks.rank] = float(asked[0]) if asked else 0.0
+        line, flags = taken.total(self.ranks, self.device, *flags)
+        tokens, positions = line.pop("tokens"), line.pop("slots")
+        line |= {"learning_rate": taken.learning_rate, "grad_norm": report.grad_norm}
+        line |= {"tokens_per_second": tokens / speed.seconds_a_step(), "padding": 1 - tokens / positions}
         line |= utilization(self.device)
         if report.skipped:
             line["skipped"] = 1.0
@@ -416,33 +451,39 @@ class Trainer:
             # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
             if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
                 line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
-        return line
+        return line | taken.known, int(max(flags))
 
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------
 
     def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
-        sums, lengths = [], []
+        found = torch.zeros(2, len(examples), device=self.device)
         self.model.eval()  # adapters may have dropout
         with torch.no_grad():
-            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
-                completion = self._score(micro, on_prompt)
-                sums.append(completion.logp.cpu())
-                lengths.append(completion.length.cpu())
+            for micro in self._deal(examples):
+                completion = self._score([examples[i] for i in micro.rows], on_prompt)
+                if micro.counts:
+                    found[:, micro.rows] = torch.stack([completion.logp, completion.length.to(completion.logp.dtype)])
         self.model.train()
-        return torch.cat(sums), torch.cat(lengths)
+        sums, lengths = self.ranks.sum(found).cpu()
+        return sums, lengths
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
         file = self.job.directory / "reference.safetensors"
-        if file.is_file():
-            return load_file(file)
+        kept = self.ranks.tell(lambda: load_file(file) if file.is_file() else None)
+        if kept is not None:
+            return kept
         with self._as_reference():
             found = self._reference_logps()
-        if found:
+
+        def keep() -> None:
             temporary = file.with_suffix(".tmp")
             save_file(found, temporary)
             os.replace(temporary, file)
+
+        if found:
+            self.ranks.tell(keep)
         return found
 
     @contextmanager
@@ -508,24 +549,26 @@ class Trainer:
         return self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
 
     def _log(self, line: dict[str, float]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.ranks.first:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _truncate_metrics(self, size: int) -> None:
         """Forget the lines behind the checkpoint: those steps are taken again."""
-        with self.metrics.open("ab") as file:
-            file.truncate(size)
+        if self.ranks.first:
+            with self.metrics.open("ab") as file:
+                file.truncate(size)
 
     def _save(self, progress: checkpoints.Progress) -> None:
-        progress.metrics_bytes = self.metrics.stat().st_size
+        progress.metrics_bytes = self.metrics.stat().st_size if self.ranks.first else 0
         if self.objective is not None:
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
-        checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler)
+        checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler, self.ranks)
 
     def _export(self, epoch: int, line: dict[str, float]) -> None:
         figures = {k: v for k, v in line.items() if k.startswith("eval_")}
         card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
-        export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card)
+        export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card, self.ranks)
 
 
 def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
@@ -542,35 +585,3 @@ def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tenso
         "rewards/margins": beta * (chosen - rejected).mean(),
         "rewards/accuracies": (chosen > rejected).float().mean(),
     }
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
-    """Consecutive parts of at most `size` items."""
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C interrupts at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # signals can be handled in the main thread alone; elsewhere its handlers stay
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _add(sums: dict[str, Tensor], **values: Tensor) -> None:
-    for name, value in values.items():
-        sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
