@@ -1,4 +1,5 @@
 # make run    set up .venv and run the miniature study (arguments: make run ARGS="--study.seeds [0,1,2]")
+# make study  set up .venv and run a paper's toy study (make study NAME=tradeoff; without NAME it lists them)
 # make test   set up .venv, check style and types, run the suite (arguments: make test ARGS="-k gram")
 # make venv   set-up alone
 PYTHON ?= python3
@@ -8,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BIN := .venv/bin
 
-.PHONY: venv run test lint format clean
+.PHONY: venv run study test lint format clean
 
 venv: .venv/ready
 
@@ -21,6 +22,9 @@ venv: .venv/ready
 
 run: venv
 	$(BIN)/python harness/run.py $(ARGS)
+
+study: venv
+	$(BIN)/python harness/run.py study $(NAME) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -18,7 +18,12 @@ from harness.tables import interval, listing, number, p_text, percent
 from harness.tax import Reduction, Tax, combine, compare, difference, reduction, unanswered
 
 WAYS = ("direct", "cloze", "generate")
-ASKED = {"direct": "asked directly", "cloze": "asked by cloze", "generate": "asked to answer freely"}
+ASKED = {
+    "direct": "asked directly",
+    "cloze": "asked by cloze",
+    "generate": "asked to answer freely",
+    "acc": "asked directly, scored by plain accuracy",
+}
 STYLE, ACCURACY = "style rate", "held-out preference accuracy"
 EPSILON = 1e-9
 HELPS = -1e-5  # a cosine below it helps the losers; what rounds the parameters to float32 stays above
@@ -377,20 +382,20 @@ def results_of(found: Comparison) -> dict[str, Any]:
         "warnings": found.warnings,
         "incomplete": found.study.incomplete,
         "criterion": found.criterion,
-        "levels": _plain(found.levels),
-        "supervised": _plain(supervised),
-        "runs": _plain(runs),
+        "levels": plain(found.levels),
+        "supervised": plain(supervised),
+        "runs": plain(runs),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, named tuples and arrays of numbers as JSON's types; bootstrap draws are left out."""
     if (as_dict := getattr(value, "_asdict", None)) is not None:
         value = as_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +239,10 @@ class EvalConfig:
     style_prompts: str | None = None
     """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
     apply_chat_template: bool = True
+    system_instruction: str | None = None
+    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    device_map: str | None = None
+    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
 
 
 @dataclass(frozen=True)
@@ -367,15 +371,16 @@ class Command:
     """Processes that a dry run reckons with."""
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
     """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help."""
-    return command(argv).config
+    return command(argv, recipe, prog).config
 
 
-def command(argv: Sequence[str] | None = None) -> Command:
+def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
     """The command line: the configuration, and whether it is to be run or only checked.
 
-    Without --config it is the miniature study. Wrong options end the process with a message, as argparse does.
+
+    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """
     # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.
     first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
@@ -386,9 +391,9 @@ def command(argv: Sequence[str] | None = None) -> Command:
     if asked.world_size < 1:
         first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
     if not any(word == "--config" or word.startswith("--config=") for word in given):
-        given = ["--config", str(DEFAULT_RECIPE), *given]
+        given = ["--config", str(recipe), *given]
     parser = jsonargparse.ArgumentParser(
-        prog="run.py",
+        prog=prog,
         description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
         epilog="--dry_run loads no weights and writes nothing: it checks data and settings, shows examples with the loss "
         "positions marked, lengths, steps, schedule, memory by part, and what would be written where. --world_size N: the "
@@ -396,20 +401,20 @@ def command(argv: Sequence[str] | None = None) -> Command:
     )
     parser.add_argument("--config", action="config", help="YAML recipe; options behind it override it")
     parser.add_class_arguments(Config)
-    found = parser.instantiate(parser.parse_args(_bracketed(given)))
+    found = parser.instantiate(parser.parse_args(listed(given, LISTS)))
     config = Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
     return Command(config, asked.dry_run, asked.world_size)
 
 
-def _bracketed(words: Sequence[str]) -> list[str]:
-    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo` into the YAML list that the parser reads."""
+def listed(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo`, of the options named, into the YAML lists that the parser reads."""
     out: list[str] = []
     for word in words:
         name, sign, value = word.partition("=")
-        if name in LISTS and sign:
+        if name in options and sign:
             out.append(f"{name}={_listed(value)}")
         else:
-            out.append(_listed(word) if out and out[-1] in LISTS else word)
+            out.append(_listed(word) if out and out[-1] in options else word)
     return out
 
 

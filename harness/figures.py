@@ -23,6 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from harness.runs import Run
 
 HUES = {"dpo": "#0072B2", "ogd": "#D55E00", "ogd_metric": "#CC79A7", "sft": "#009E73"}
+JOINT_HUES = {"sequential": "#0072B2", "sequential_sft_first": "#56B4E9", "mix": "#E69F00", "mix_ogd": "#F0E442"}
+JOINT_HUES |= {"alright": "#D55E00", "alright_ogd": "#CC79A7", "maxright": "#009E73", "maxright_ogd": "#000000"}
 OTHER_HUES = ["#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "osD^vPX<>*hpd8"
 PAPER: dict[Any, Any] = {
@@ -83,15 +85,22 @@ class Panel:
     zero: bool = False  # draw a line at 0
     level: Sequence[float] = field(default_factory=list)  # vertical lines: the matched level of each seed
     whole_x: bool = False  # x counts epochs
+    log_x: bool = False
+    star: tuple[float, float] | None = None  # the point to reach
 
 
 def looks(runs: Mapping[str, Run]) -> dict[str, Look]:
-    """One look for each run, from its method and beta."""
+    """One look for each run, from its method and beta, lambda or steps between evaluations."""
     spare = iter(OTHER_HUES * len(runs))
-    hues = {method: HUES.get(method) or next(spare) for method in dict.fromkeys(run.method for run in runs.values())}
+    known = HUES | JOINT_HUES
+    hues = {method: known.get(method) or next(spare) for method in dict.fromkeys(run.method for run in runs.values())}
+
+    def strength(run: Run) -> tuple[float, float, float]:
+        return -(run.beta or 0), run.weight or 0, run.evaluate_every or 0
+
     found = {}
     for index, (name, run) in enumerate(runs.items()):
-        family = sorted((other for other in runs.values() if other.method == run.method), key=lambda other: -(other.beta or 0))
+        family = sorted((other for other in runs.values() if other.method == run.method), key=strength)
         shade = family.index(run) / (len(family) - 1) if len(family) > 1 else 0.5
         found[name] = Look(run.label, _shaded(to_rgb(hues[run.method]), shade), MARKERS[index % len(MARKERS)])
     return found
@@ -133,7 +142,11 @@ def _draw(panel: Panel, look: Mapping[str, Look]) -> Figure:
         ax.set_ylabel(ylabel)
         ax.margins(0.04)
     axes[-1, 0].set_xlabel(panel.xlabel)
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole_x))
+    if panel.log_x:
+        axes[-1, 0].set_xscale("log")
+        axes[-1, 0].xaxis.set_major_formatter("{x:g}")  # the default one writes mathematics, which PAPER leaves unread
+    else:
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole_x))
     handles = [
         Line2D([], [], color=look[name].color, lw=2.2 if panel.joined else 0, marker=look[name].marker, ms=7) for name in shown
     ]
@@ -150,6 +163,8 @@ def _background(ax: Axes, panel: Panel) -> None:
         ax.axhline(0, color="#777777", lw=1)
     for level in panel.level:
         ax.axvline(level, color="#777777", lw=1, ls=":")
+    if panel.star is not None:
+        ax.plot(*panel.star, "*", color="#E69F00", ms=16, mec="black", clip_on=False, zorder=5)
 
 
 def _run_curves(ax: Axes, seeds: Sequence[Curve], look: Look, panel: Panel) -> None:

@@ -13,6 +13,7 @@ Official tasks of lm-eval are asked in their own way, zero-shot, under the same 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -20,48 +21,26 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
-import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml  # private; tests/test_lm_evals.py notices if it moves
 from tqdm import tqdm
 
+from harness import ranks
 from harness.config import EvalConfig, TaskConfig
-from harness.eval_model import EvalLM, load
+from harness.eval_model import EvalLM, Messages, fold_system, identity, load
 from harness.files import write_text
 from harness.items import Row, judge_style, names_answer, read_items, read_style
-
-
-class Official(NamedTuple):
-    """An official task: its folder in lm_eval/tasks, what it measures, the metric that is its accuracy."""
-
-    folder: str
-    family: str
-    metric: str = "acc"
-    filter: str = "none"
-
-
-OFFICIAL = {
-    "piqa": Official("piqa", "commonsense", "acc_norm"),
-    "social_iqa": Official("siqa", "commonsense"),
-    "hellaswag": Official("hellaswag", "commonsense", "acc_norm"),
-    "arc_easy": Official("arc", "commonsense"),
-    "arc_challenge": Official("arc", "commonsense", "acc_norm"),
-    "mmlu": Official("mmlu/default", "knowledge"),
-    "gsm8k": Official("gsm8k", "math", "exact_match", "flexible-extract"),
-    "boolq": Official("super_glue/boolq", "reading"),
-}
-"""The paper's tasks, each with its customary metric; GSM8k's strict match wants "#### 42", which nobody says unasked."""
+from harness.journal import Journal
+from harness.official import OFFICIAL, official_tasks
 
 
 def evaluate(
@@ -79,8 +58,10 @@ def evaluate(
     """Evaluate the Hugging Face folder `model_dir` and write `output` (JSON, whole or not at all); returns what it holds.
 
     `run` and `epoch` are recorded; so is the model's folder, relative to `seed_dir` where it lies in it. The state of all
-    random generators is left as it was. `tokenizer` is another folder that has it. Raises ValueError for a model, a benchmark
-    file or a task that cannot be used; warns where prompts lost their beginning because the model cannot read that many tokens.
+    random generators is left as it was. `tokenizer` is another folder that has it. Answers stream into a journal beside
+    `output`, from which an interrupted evaluation of the same model with the same settings goes on. Under torchrun each process
+    answers a share, and the first writes the file. Raises ValueError for a model, a benchmark file or a task that cannot be
+    used; warns where prompts lost their beginning because the model cannot read that many tokens.
     """
     start = time.perf_counter()
     if config.batch_size < 1 or (config.limit is not None and config.limit < 1):
@@ -92,9 +73,19 @@ def evaluate(
     with quiet(), isolated_randomness(device):
         local = local_tasks(config)
         official = official_tasks(tuple(config.lm_eval_tasks), config.lm_eval_data)
-        model, words = load(model_dir, device, tokenizer=tokenizer, apply_chat_template=config.apply_chat_template)
-        with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not progress, file=terminal, leave=False) as bar:
+        model, words = load(
+            model_dir,
+            device,
+            tokenizer=tokenizer,
+            apply_chat_template=config.apply_chat_template,
+            device_map=config.device_map,
+        )
+        shows = progress and ranks.rank() == 0
+        with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not shows, file=terminal, leave=False) as bar:
             lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar)
+            about = {**settings(config, lm), **versions(), "model": identity(model_dir, model), "words": str(tokenizer)}
+            digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+            lm.journal = Journal(output.with_name(f"{output.stem}.partial-{digest}.jsonl"), rank=ranks.rank())
             samples = ask(lm, config, [*local.values(), *(task for tasks in official.values() for task in tasks)])
     if lm.truncated:
         warnings.warn(
@@ -108,13 +99,21 @@ def evaluate(
         "run": run,
         "epoch": epoch,
         "seconds": round(time.perf_counter() - start, 2),
-        "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
+        "versions": versions(),
         "settings": settings(config, lm),
         "tasks": {**tasks, **{name: official_answers(name, leaves, samples) for name, leaves in official.items()}},
         "style": style_answers(samples["style"]) if "style" in local else None,
     }
-    write_text(output, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+    if ranks.rank() == 0:
+        write_text(output, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+        lm.journal.remove()
+    ranks.barrier()
     return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that answers depend on."""
+    return {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")}
 
 
 # ------------------------------------------------------------------------------------------------------------ local benchmarks
@@ -131,12 +130,22 @@ class Rows(list):
 class LocalTask(ConfigurableTask):
     """A local benchmark asked in one way; a row's `prompt` is a text or messages."""
 
-    def fewshot_context(self, doc: Row, *args: Any, chat_template: Callable[..., str] | None = None, **options: Any) -> str:
-        """The rendered prompt; plain text for a cloze."""
+    def fewshot_context(
+        self,
+        doc: Row,
+        *args: Any,
+        chat_template: Callable[..., str] | None = None,
+        system_instruction: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The rendered prompt; plain text for a cloze, which has no user's turn that a system prompt could open."""
         prompt = doc["prompt"]
-        if chat_template is None or self.config.metadata["plain"]:
+        if self.config.metadata["plain"]:
             return prompt
-        return chat_template([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        turns: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system_instruction and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system_instruction}, *turns]
+        return chat_template(turns) if chat_template else fold_system(turns)[-1]["content"]
 
     def construct_requests(self, doc: Row, ctx: Any, *, apply_chat_template: bool = False, **options: Any) -> Any:
         """lm-eval's requests: after plain text a choice is set off by a space, after a template by what the template wants."""
@@ -192,58 +201,6 @@ def local_task(name: str, way: str, items: list[Row], config: EvalConfig) -> Loc
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- official tasks
-
-
-@lru_cache(maxsize=1)
-def official_tasks(names: tuple[str, ...], data: str | None) -> dict[str, list[Task]]:
-    """Each official name's tasks, one a stratum: 57 for "mmlu", one for most. Kept for the next evaluation.
-
-    With `data`, data sets are read from `data/<hub id>` instead of the hub. Raises ValueError for a name that lm-eval does
-    not know and for data that cannot be had.
-    """
-    if not names:
-        return {}
-    manager = task_manager(names)
-    if unknown := [name for name in names if name not in manager.task_index]:
-        raise ValueError(
-            f"evals.lm_eval_tasks: lm-eval {version('lm_eval')} knows no task {', '.join(unknown)}; correct the name "
-            "(`lm_eval ls tasks` lists them all)"
-        )
-    if data is not None:
-        read_from(Path(data), manager)
-    try:
-        found = {name: list(manager.load([name])["tasks"].values()) for name in names}
-    except Exception as error:  # datasets, huggingface_hub and pyarrow each raise their own kinds
-        raise ValueError(
-            f"evals.lm_eval_tasks: cannot load {', '.join(names)}: {type(error).__name__}: {error}; evaluate once with "
-            "a network to fill the hub's cache, or name a folder of data sets in evals.lm_eval_data"
-        ) from error
-    leaves = [task.task_name for tasks in found.values() for task in tasks]
-    if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
-        raise ValueError(f"evals.lm_eval_tasks: {', '.join(sorted(twice))} would count twice; take one of the names out")
-    return found
-
-
-def task_manager(names: Sequence[str]) -> TaskManager:
-    """An index of the folders that hold these tasks, or else of everything (14,000 files, ten seconds)."""
-    folders = {OFFICIAL[known].folder for name in names if (known := "mmlu" if name.startswith("mmlu") else name) in OFFICIAL}
-    here = Path(lm_eval.tasks.__file__).parent
-    manager = TaskManager(include_defaults=False, include_path=[here / folder for folder in sorted(folders)])
-    return manager if set(names) <= set(manager.task_index) else TaskManager()
-
-
-def read_from(data: Path, manager: TaskManager) -> None:
-    """Let the tasks of an index read their data sets from folders where these exist below `data`."""
-    if not data.is_dir():
-        raise ValueError(f"evals.lm_eval_data: no folder {data} (looked in {Path.cwd()}); correct the path")
-    for name in manager.all_subtasks:
-        entry = manager.task_index[name]
-        config = load_yaml(entry.yaml_path) if entry.yaml_path else entry.cfg
-        if config and "dataset_path" in config and (folder := data / config["dataset_path"]).is_dir():
-            entry.cfg, entry.yaml_path = {**config, "dataset_path": str(folder)}, None
-
-
 # -------------------------------------------------------------------------------------------------------- asking and answering
 
 
@@ -251,14 +208,20 @@ def ask(lm: EvalLM, config: EvalConfig, tasks: list[Any]) -> dict[str, list[dict
     """lm-eval's samples of every task, sorted by `doc_id`; all tasks share one pass over the model."""
     if not tasks:
         return {}
-    # lm-eval describes the machine (a second of subprocesses) and the git checkout; config.yaml holds both already.
-    with patch.multiple("lm_eval.evaluator", add_env_info=lambda _: None, get_git_commit_hash=lambda: None):
+    # lm-eval describes the machine (a second of subprocesses) and the git checkout; config.yaml holds both already. Every
+    # process has all answers, and lm-eval gives them to local rank 0 alone.
+    with (
+        patch.multiple("lm_eval.evaluator", add_env_info=lambda _: None, get_git_commit_hash=lambda: None),
+        patch.dict(os.environ, LOCAL_RANK="0"),
+    ):
         found: Any = simple_evaluate(
             model=lm,
             tasks=tasks,
             num_fewshot=0,
             limit=config.limit,
             apply_chat_template=config.apply_chat_template,
+            # without a template lm-eval puts it before the question with nothing in between
+            system_instruction=config.system_instruction and config.system_instruction.rstrip() + "\n\n",
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=True,
@@ -286,6 +249,8 @@ def answers(samples: list[dict[str, Any]], metric: str, filter_name: str = "none
         "outcomes": [int(outcome) for outcome in outcomes],
         "doc_hashes": [sample["doc_hash"] for sample in samples],
     }
+    if metric != "acc" and "acc" in samples[0]["metrics"]:  # customary is acc_norm; plain accuracy costs nothing more
+        way["acc"] = [int(sample["acc"]) for sample in samples]
     if isinstance(samples[0]["resps"][0][0], str):
         return {**way, "replies": [sample["resps"][0][0] for sample in samples]}
     way["chance"] = sum(1 / len(sample["resps"]) for sample in samples) / len(samples)
@@ -313,7 +278,7 @@ def official_answers(name: str, tasks: list[Task], samples: dict[str, list[dict[
     leaves = [answers(samples[task.task_name], *official_metric(name, samples[task.task_name])) for task in tasks]
     pooled = dict(leaves[0])
     if len(leaves) > 1:
-        for key in ("outcomes", "doc_hashes", "margins", "replies"):
+        for key in ("outcomes", "doc_hashes", "acc", "margins", "replies"):
             if key in pooled:
                 pooled[key] = [value for leaf in leaves for value in leaf[key]]
         pooled["n"] = len(pooled["outcomes"])
@@ -350,6 +315,7 @@ def settings(config: EvalConfig, lm: EvalLM) -> dict[str, Any]:
     """What another evaluation has to share with this one to be compared with it, and what was noticed."""
     return {
         "apply_chat_template": config.apply_chat_template,
+        "system_instruction": config.system_instruction,
         "system_prompt": "first sentence of the user's turn",
         "reply_delimiter": lm.delimiter if config.apply_chat_template else " ",
         "num_fewshot": 0,

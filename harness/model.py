@@ -222,28 +222,26 @@ def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
     scored = loss_mask[:, 1:]
     places = scored.flatten().nonzero().squeeze(1).to(input_ids.device, non_blocking=True)
     score: Any = plain.scored_logps if isinstance(plain, FSDPModule) else partial(_scored_logps, plain)
-    logps = score(input_ids, attention_mask, places)
-    return Completion(logps, scored.to(input_ids.device, non_blocking=True))
+    values = score(input_ids, attention_mask, places)
+    logps = torch.zeros(scored.numel(), dtype=values.dtype, device=values.device).index_copy(0, places, values)
+    return Completion(logps.view(scored.shape), scored.to(input_ids.device, non_blocking=True))
 
 
 def _scored_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor) -> Tensor:
-    """`completion_logps` at the places, (N,), of a flattened (B, T - 1); zeros elsewhere."""
-    shape = input_ids[:, 1:].shape
+    """`completion_logps` at the places, (N,), of a flattened (B, T - 1); (N,)."""
     targets = input_ids[:, 1:].flatten()[places]
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        values = _token_logps(logits[:, :-1].flatten(0, 1)[places], targets)
-    else:
-        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1].flatten(0, 1)[places]
-        if len(targets) <= HEAD_CHUNK:
-            values = _token_logps(head(hidden), targets)
-        else:  # a chunk's logits are made again in its backward pass, so that one chunk's are alive at a time
-            run = partial(checkpoint, lambda h, t: _token_logps(head(h), t), use_reentrant=False)
-            pairs = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-            values = torch.cat([run(h, t) for h, t in pairs])  # type: ignore[list-item]
-    return torch.zeros(shape.numel(), dtype=values.dtype, device=values.device).index_copy(0, places, values).view(shape)
+        return _token_logps(logits[:, :-1].flatten(0, 1)[places], targets)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1].flatten(0, 1)[places]
+    if len(targets) <= HEAD_CHUNK:
+        return _token_logps(head(hidden), targets)
+    # A chunk's logits are made again in its backward pass, so that one chunk's are alive at a time.
+    run = partial(checkpoint, lambda h, t: _token_logps(head(h), t), use_reentrant=False)
+    pairs = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([run(h, t) for h, t in pairs])  # type: ignore[list-item]
 
 
 def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:

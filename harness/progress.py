@@ -20,8 +20,8 @@ from ogdopt import StepReport
 EVERY = 30.0  # seconds between plain lines
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop, by `signal`, and its state is saved."""
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, by `signal`, and its state is saved: an interrupt of what called it, not an error."""
 
     def __init__(self, text: str = "", signal: int = signal.SIGINT) -> None:
         super().__init__(text)

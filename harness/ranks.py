@@ -8,8 +8,8 @@ connections, and the launcher ends the rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,8 +24,8 @@ PATIENCE = timedelta(days=30)
 PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-class FailedElsewhere(Exception):  # noqa: N818 - the error is another process's, which tells it
-    """The first process has failed, and says why itself."""
+class FailedElsewhere(ValueError):  # noqa: N818 - the error is another process's, which tells it
+    """The first process has failed, and says why itself: this one has nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Ranks:
             return outcome[0]
         try:
             outcome = [work()]
-        except Exception as error:
-            dist.broadcast_object_list([FailedElsewhere(str(error))], 0, group=self.patient)
+        except Exception:
+            dist.broadcast_object_list([FailedElsewhere()], 0, group=self.patient)
             raise
         dist.broadcast_object_list(outcome, 0, group=self.patient)
         return outcome[0]
@@ -82,6 +82,7 @@ class Ranks:
 
 ALONE = Ranks()
 """No other process."""
+_joined = ALONE
 
 
 def join(device: str) -> tuple[Ranks, torch.device]:
@@ -107,8 +108,10 @@ def join(device: str) -> tuple[Ranks, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
         dist.init_process_group(backend, **alone)
+    global _joined
     patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    return Ranks(rank, size, patient), torch.device(device)
+    _joined = Ranks(rank, size, patient)
+    return _joined, torch.device(device)
 
 
 def leave(ranks: Ranks) -> None:
@@ -117,3 +120,49 @@ def leave(ranks: Ranks) -> None:
         with suppress(RuntimeError):  # another process has already gone, with a message of its own
             ranks.wait()
         dist.destroy_process_group()
+
+
+# ---- independent work, each process with a share of it --------------------------------------------------------------------
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """The process group of torchrun's processes, if it started this one; left again at the end.
+
+    gloo, since all that goes between them are results, objects on the host.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def here() -> Ranks:
+    """This process among those that `join` or `joined` has brought together."""
+    return _joined if _joined.size > 1 or not dist.is_initialized() else Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return here().rank
+
+
+def size() -> int:
+    """How many processes there are."""
+    return here().size
+
+
+def merged(share: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of all processes together, in each of them. Every process has to call it."""
+    return {key: value for part in here().gather(share) for key, value in part.items()}
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    here().wait()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -19,8 +21,10 @@ from rich.console import Console
 from rich.text import Text
 
 from harness.analysis import ASKED, HELPS, Comparison, Point, headline, measure, results_of
+from harness.claims import Finished, finished
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
+from harness.gaps import Joint, drawn, gap_table, joint_runs, numbers, sentences
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
@@ -41,6 +45,14 @@ class Report:
     headline: list[str]
     tables: list[Table]
     drawings: list[Drawing]
+    studies: list[Finished]
+    """Finished studies of papers, in or beside the directory."""
+    joint: Joint | None = None
+    """What runs on two objectives reached."""
+
+    def page(self, study: Finished) -> str:
+        """Where a study's page lies, as seen from the report."""
+        return quote(Path(os.path.relpath(study.page, self.found.study.directory)).as_posix())
 
     @property
     def path(self) -> Path:
@@ -61,8 +73,16 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
     study = read_study(study_dir)
     settings = settings or _settings(study)
     found = measure(study, settings.samples, settings.confidence)
-    drawings = _figures(found, study.directory / "figures")
-    report = Report(found, settings, headline(found), [t.without_empty_columns() for t in tables(found)], drawings)
+    joint = joint_runs(study)
+    report = Report(
+        found,
+        settings,
+        [*headline(found), *(sentences(joint) if joint else ())],
+        [t.without_empty_columns() for t in (*([gap_table(joint)] if joint else ()), *tables(found))],
+        _figures(found, study.directory / "figures", joint=joint),
+        finished(study.directory),
+        joint,
+    )
     results = json.dumps(_results(report), indent=1, ensure_ascii=False, allow_nan=False)
     (study.directory / "results.json").write_text(results + "\n", encoding="utf-8")
     (study.directory / "report.md").write_text(_markdown(report), encoding="utf-8")
@@ -368,7 +388,7 @@ def _training(completes: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _figures(found: Comparison, folder: Path, suffix: str = ".svg") -> list[Drawing]:
+def _figures(found: Comparison, folder: Path, suffix: str = ".svg", joint: Joint | None = None) -> list[Drawing]:
     runs = {name: [s.runs[name] for s in found.study.seeds if name in s.runs] for name in found.points}
     points = {
         name: [[_measurements(found, p) for p in curve.values()] for curve in seeds.values()]
@@ -379,7 +399,8 @@ def _figures(found: Comparison, folder: Path, suffix: str = ".svg") -> list[Draw
         nulls = [t.null_mean for name in found.points if (t := found.tax(name, found.best, way)) is not None]
         floors[way] = float(np.mean(nulls))
     panels = study_panels(runs, points, floors, list(found.levels.values()), found.criterion or "preference learning")
-    return draw(folder, panels, looks(found.study.runs), suffix)
+    of_joint = draw(folder, *drawn(joint), suffix) if joint else []
+    return of_joint + draw(folder, panels, looks(found.study.runs), suffix)
 
 
 def _measurements(found: Comparison, p: Point) -> dict[str, float | None]:
@@ -438,6 +459,9 @@ def _markdown(report: Report) -> str:
     for drawing in report.drawings:
         parts += [f"### {markdown_text(drawing.title)}", f"![{markdown_text(drawing.title)}](figures/{drawing.file.name})"]
         parts.append(markdown_text(drawing.caption))
+    for paper in report.studies:
+        title = markdown_text(f"Study {paper.name}: {paper.title}")
+        parts += [f"## {title}", paper.table.markdown(), f"{paper.table.note} [The whole study]({report.page(paper)})"]
     parts += ["## How it was run", "\n".join(f"- {markdown_text(f'{k}: {v}')}" for k, v in _how(study).items())]
     parts.append("The configuration is in `config.yaml`, all numbers are in `results.json`.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -445,4 +469,5 @@ def _markdown(report: Report) -> str:
 
 def _results(report: Report) -> dict[str, Any]:
     settings = {"samples": report.settings.samples, "confidence": report.settings.confidence}
-    return {"headline": report.headline, **settings, **results_of(report.found)}
+    joint = {"joint": numbers(report.joint)} if report.joint else {}
+    return {"headline": report.headline, **settings, **results_of(report.found), **joint}

@@ -1,9 +1,11 @@
-"""A study from one command.
+"""Everything from one command.
 
     python harness/run.py                                    the miniature study, on a laptop
     python harness/run.py --config RECIPE --section.option value ...
     torchrun --nproc-per-node 8 harness/run.py --config RECIPE ...       on eight processes
+    python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
     python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
+    python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -11,60 +13,73 @@ Stages meet in the study's directory alone; a finished one is skipped, an interr
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads cost several times on shared cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names would hide libraries
 
-import transformers
-
 from harness.config import Config, command
-from harness.dry_run import dry_run
-from harness.guard import locked
-from harness.progress import Stopped
-from harness.ranks import FailedElsewhere, Ranks, join, leave
-from harness.report import print_table, write_report
-from harness.stages import SeedStudy, device_name, record
+
+FIRST = os.environ.get("RANK", "0") == "0"
+COMMANDS = {
+    "study": "harness.study",
+    "tax": "harness.compare",
+}
+"""First word of the command line -> the module whose `main` takes the words behind it."""
 
 
 def main() -> int:
-    """Run a study. 0: finished, or saved and stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C."""
-    asked = command()
+    """Run a command. 0: finished, or saved and stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C."""
+    words = sys.argv[1:]
     try:
-        if asked.dry_run:
-            if int(os.environ.get("RANK", "0")) == 0:
-                dry_run(asked.config, asked.world_size)
+        if not words or words[0].startswith("-"):
+            asked = command(words)
+            if asked.dry_run:
+                from harness.dry_run import dry_run
+
+                if FIRST:
+                    dry_run(asked.config, asked.world_size)
+            else:
+                run(asked.config)
+        elif words[0] in COMMANDS:
+            importlib.import_module(COMMANDS[words[0]]).main(words[1:])
         else:
-            run(asked.config)
-    except FailedElsewhere:
-        return 1
+            raise ValueError(f"there is no command {words[0]!r}; expected one of {', '.join(COMMANDS)}, or options, see --help")
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise
-        print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
+        if str(error):  # else another process says it
+            print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Stopped) as stopped:
-        if int(os.environ.get("RANK", "0")) == 0:
-            text = stopped or "What was finished is kept"
+    except KeyboardInterrupt as stopped:
+        if FIRST:
+            text = str(stopped) or "What was finished is kept"
             print(f"\nstopped. {text}; the same command goes on from here.", file=sys.stderr)
-        return 0 if isinstance(stopped, Stopped) and stopped.signal == signal.SIGTERM else 130
+        return 0 if getattr(stopped, "signal", signal.SIGINT) == signal.SIGTERM else 130
     return 0
 
 
 def run(config: Config) -> None:
     """All seeds of a study, then its report. Every process of a launcher runs this."""
+    import transformers  # seconds, which other commands need not wait for
+
+    from harness.guard import locked
+    from harness.ranks import join, leave
+    from harness.stages import SeedStudy, device_name, record
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ranks, device = join(device_name(config.device))
     ranks.tell(lambda: record(config.study.directory, config))
     for seed in config.study.seeds:
-        with held(config.study.directory / f"seed-{seed}", ranks):
+        with ExitStack() as stack:  # the first process holds the folder for all
+            ranks.tell(lambda folder=config.study.directory / f"seed-{seed}": stack.enter_context(locked(folder)))
             study = SeedStudy(config, seed, ranks, device)
             study.prepare()
             study.supervised()
@@ -74,31 +89,20 @@ def run(config: Config) -> None:
     leave(ranks)
 
 
-@contextmanager
-def held(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """A folder that no other run may use meanwhile; the first process holds it for all."""
-    with ExitStack() as stack:
-        ranks.tell(lambda: stack.enter_context(locked(folder)))
-        yield
-
-
 def report(config: Config) -> None:
     """Tables and figures of what has been evaluated."""
+    from harness.report import print_table, write_report
+
     if config.evals.tasks or config.evals.lm_eval_tasks:
         print_table(write_report(config.study.directory, config.report))
     else:
         print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
 
 
-def leave_at_once(code: int) -> None:
-    """End a process of several without waiting: the others may have died, and their connections with them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        leave_at_once(status)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may be dead, and taking down connections would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

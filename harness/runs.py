@@ -33,6 +33,7 @@ class Answers:
     chance: float = 0.0
     strata: np.ndarray | None = None  # (n,) e.g. MMLU's subjects
     margins: np.ndarray | None = None  # (n,) log-prob of the right choice minus the best other, nats
+    metric: str = ""  # lm-eval's name of what makes an item right
 
     @property
     def accuracy(self) -> float:
@@ -50,6 +51,8 @@ class Evaluation:
     style: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Evaluation:
@@ -60,18 +63,33 @@ class Evaluation:
                 task: {way: _answers(answers, f"{path}: task {task!r} ({way})") for way, answers in found["ways"].items()}
                 for task, found in raw["tasks"].items()
             }
+            if any("acc" in found["ways"].get("direct", {}) for found in raw["tasks"].values()):
+                for task, found in raw["tasks"].items():
+                    tasks[task] |= _plainly(tasks[task], found["ways"], f"{path}: task {task!r} (acc)")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a readable evaluation ({error!r}); expected the file that the evaluation stage writes: "
                 "delete it and evaluate this model again"
             ) from error
         families = {task: str(found.get("family") or "") for task, found in raw["tasks"].items()}
-        return cls(str(path), tasks, families, raw.get("style"), raw.get("settings") or {}, raw.get("seconds"))
+        settings, versions = (raw.get(key) or {} for key in ("settings", "versions"))
+        model = str(raw.get("model") or "")
+        return cls(str(path), tasks, families, raw.get("style"), settings, raw.get("seconds"), model, versions)
 
     @property
     def ways(self) -> list[str]:
         """The ways in which at least one task was asked, in the order of the file."""
         return list(dict.fromkeys(way for ways in self.tasks.values() for way in ways))
+
+
+def _plainly(ways: dict[str, Answers], raw: dict[str, Any], where: str) -> dict[str, Answers]:
+    """The way "acc": official tasks by plain accuracy, also where their customary metric is another (acc_norm)."""
+    if "direct" not in ways:
+        return {}
+    direct = raw["direct"]
+    return {
+        "acc": _answers({**direct, "outcomes": direct["acc"], "metric": "acc"}, where) if "acc" in direct else ways["direct"]
+    }
 
 
 def _answers(raw: dict[str, Any], where: str) -> Answers:
@@ -88,6 +106,7 @@ def _answers(raw: dict[str, Any], where: str) -> Answers:
         float(raw.get("chance") or 0.0),
         None if strata is None else np.asarray(strata),
         None if margins is None else np.asarray(margins, dtype=float),
+        str(raw.get("metric") or ""),
     )
 
 

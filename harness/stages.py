@@ -285,14 +285,12 @@ class SeedStudy:
         return json.loads(file.read_text())["epochs"] if file.is_file() else stage.num_train_epochs
 
     def _evaluate(self, directory: Path, run: str, model: Path | str, epoch: int) -> None:
-        self.ranks.tell(lambda: self._evaluate_here(directory, run, model, epoch))
-
-    def _evaluate_here(self, directory: Path, run: str, model: Path | str, epoch: int) -> None:
         evals = self.config.evals
         output = directory / "evals" / f"epoch-{epoch}.json"
-        if not (evals.tasks or evals.lm_eval_tasks) or output.is_file():
+        if not (evals.tasks or evals.lm_eval_tasks) or self.ranks.tell(output.is_file):
             return
-        print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
+        if self.ranks.first:
+            print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
         words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)

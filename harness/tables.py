@@ -12,6 +12,8 @@ import rich.table
 from rich.text import Text
 
 NONE = "–"
+PROSE = 30
+"""Longest cell that is never broken into lines on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Table:
             title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
         for i, name in enumerate(self.columns):
-            table.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0)
+            prose = i == 0 or any(len(row[i]) > PROSE for row in self.rows)
+            table.add_column(Text(name), justify="left" if prose else "right", no_wrap=not prose)
         for number, row in enumerate(self.rows):
             table.add_row(*(Text(cell, style="bold" if number in self.strong else "") for cell in row))
         return table
@@ -64,13 +67,13 @@ def number(value: float | None, digits: int = 2, sign: bool = False, unit: str =
     return text.replace("-", "−") + unit
 
 
-def tiny(value: float) -> str:
-    """A number of any size to two significant digits.
+def tiny(value: float, digits: int = 2) -> str:
+    """A number of any size to so many significant digits.
 
     >>> tiny(-2.13e-7), tiny(-0.0918)
     ('−2.1e−07', '−0.092')
     """
-    return f"{value:.2g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 def percent(rate: float | None, digits: int = 1) -> str:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from harness.runs import Evaluation
+from harness.tables import interval, number, p_text
 
 BLOCK = 4_000_000  # numbers held at once while resampling, about 32 MB
 
@@ -132,7 +133,12 @@ def compare(
     names = list(models)
     draws, null_draws = np.zeros((samples, len(names))), np.zeros((samples, len(names)))
     changes: dict[str, dict[str, TaskChange]] = {name: {} for name in names}
-    warnings = [f"task {name!r} ({way}) was left out of TAX" for name in reference.tasks if name in skip]
+    unable = unanswered(reference, way)
+    warnings = [
+        f"task {name!r} ({way}) was left out of TAX" + (", since the reference answers no item of it" if name in unable else "")
+        for name in reference.tasks
+        if name in skip
+    ]
     for task in tasks:
         answers = reference.tasks[task][way]
         warnings += _check_reference(reference, task, way)
@@ -314,6 +320,15 @@ def reduction(a: Tax, b: Tax) -> Reduction | None:
         return None
     value, low, high = _basic(1 - a.value / b.value, 1 - a.draws / b.draws, a.confidence)
     return Reduction(value, min(1.0, low), min(1.0, high), 1 - a.null_mean / b.value)
+
+
+def verdict(name: str, t: Tax) -> str:
+    """What one TAX says, in a sentence: also that it lies inside the noise floor, where a model that forgot nothing lies."""
+    scored = f"{name} has a TAX of {number(t.value, unit='%')} {interval(t.low, t.high)}"
+    null = f"two equally good models score {number(t.null_mean, unit='%')} on average ({p_text(t.p_value)})"
+    if not t.detectable:
+        return f"{scored}, inside the noise floor: {null}. No forgetting was detected, and no ratio to it means anything."
+    return f"{scored}: it forgot more than chance explains, for {null}."
 
 
 def _check_joint(a: Tax, b: Tax) -> None:

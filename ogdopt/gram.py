@@ -12,8 +12,8 @@ model. This is the only file that knows about DTensors, meshes and ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ else:  # a torch built without torch.distributed has no DTensor to recognise
     class DTensor:
         """Stands for a type that nothing is an instance of."""
 
+
+Value: TypeAlias = Callable[[], "Tensor | Iterable[Tensor]"]
+"""Returns a scalar with a graph, or the parts of it."""
 
 CPU_CHUNK = 1 << 16  # two float64 scratch buffers of 512 KiB, and the metric's ten float32 ones, stay in the cache
 GPU_CHUNK = 1 << 24  # fewer kernel launches; 128 MiB a buffer
@@ -135,6 +138,29 @@ def gram(
     fault = _fault(table, who.shards, expected)
     ww, wl, ll = torch.where(fault > 0, torch.nan, numbers).unbind(1)
     return Gram(ww, wl, ll, table[:, 5].amax(), fault, table)
+
+
+def gradients(closure: Value, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor | None]]:
+    """The value of a closure and its gradient in each parameter, taken through p.grad, which is then None.
+
+    The closure returns a scalar with a graph, or parts of it, one a micro-batch.
+    """
+    for p in parameters:
+        p.grad = None
+    values = []
+    with torch.enable_grad():
+        for part in parts(closure()):
+            part.backward()
+            values.append(part.detach().double().item())
+    taken = [None if p.grad is None else settled(p.grad, p) for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return math.fsum(values), taken
+
+
+def parts(value: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """The parts of a sum that is given as a whole or in parts."""
+    return [value] if isinstance(value, Tensor) else value
 
 
 def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:

@@ -586,7 +586,8 @@ class PairedGradient(Wrapper):
             self._tell([e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None])
         sizes = self._block_sizes()
         expected = (self._box["winner"] is not None, self._box["loser"] is not None)
-        blocks = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected, rows).pooled(sizes)
+        tensors = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected, rows)
+        blocks = tensors.pooled(sizes)
         self._box["measured"] = blocks
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = self.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
@@ -601,6 +602,7 @@ class PairedGradient(Wrapper):
             root = own_metric.coefficients(self.base, entries, sizes, blocks, scale, ranks)
             report = StepReport(blocks, a, a * -root.c.to(a), report.losses, self.max_norm)
             report.passes, report.inexact = root.passes, not root.exact
+        report.tensors = tensors
         return report
 
     def _tell(self, idle: list[Tensor]) -> None:

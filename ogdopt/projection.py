@@ -93,6 +93,25 @@ def _interval(gram: Gram, t: float) -> tuple[Tensor, Tensor]:
     return _unless_parallel(gram, a, -b * lengths)
 
 
+def scaled(rule: Rule, factor: Tensor | float) -> Rule:
+    """The rule with both coefficients times `factor`.
+
+    Normalized preference optimization steps by `kappa (G_w/|G_w| - G_l/|G_l|)` with the weight kappa of a loss, which
+    `diagnostics.weights` has: for DPO beta sigmoid(-beta d) of a pair, or its mean over a batch.
+
+    >>> import torch
+    >>> one = torch.ones((), dtype=torch.float64)
+    >>> [x.item() for x in scaled(normalized, 0.5)(Gram(ww=4 * one, wl=one, ll=16 * one))]
+    [0.25, -0.125]
+    """
+
+    def times(gram: Gram) -> tuple[Tensor, Tensor]:
+        a, b = rule(gram)
+        return a * factor, b * factor
+
+    return times
+
+
 def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
     """PCGrad on the gradients of L_w and -L_l: the sum of both, each without its part against the other.
 

@@ -28,6 +28,8 @@ class StepReport:
         self.losses = losses
         self.max_norm = max_norm
         self.norm = blocks.norm(a, b)
+        self.tensors = blocks
+        """Gram numbers of each tensor, in the order of the optimizer's parameters, for `diagnostics.by_layer`."""
         self.passes = 0
         """Further passes over the gradients that `metric="optimizer"` took."""
         self.inexact = False

@@ -15,7 +15,8 @@ from harness.config import EvalConfig, TaskConfig
 from harness.data import Encoder
 from harness.eval_model import EvalLM, fold_system
 from harness.items import item_of, names_answer, read_items
-from harness.lm_evals import answers, evaluate, official_answers, official_tasks
+from harness.lm_evals import answers, evaluate, official_answers
+from harness.official import official_tasks, task_manager
 from harness.rows import Row
 from harness.runs import Evaluation
 
@@ -540,8 +541,6 @@ def test_a_groups_members_are_pooled_and_remembered_as_strata():
 
 
 def test_the_index_reaches_all_of_mmlu_without_reading_14000_files():
-    from harness.lm_evals import task_manager
-
     manager = task_manager(["mmlu", "piqa", "boolq", "hellaswag", "social_iqa", "arc_challenge"])
     subjects = [name for name in manager.all_subtasks if name.startswith("mmlu_")]
     assert len(subjects) == 57 and len(manager.task_index) < 120

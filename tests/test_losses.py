@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ogdopt import losses
-from ogdopt.losses import LOSSES, Completion, Pairs, dpo, kto, kto_unpaired, nll
+from ogdopt.losses import LOSSES, Completion, Pairs, dpo, kto, kto_unpaired, nll, sparse
 
 
 def completion(logps, mask=None):
@@ -334,3 +334,74 @@ def test_unpaired_kto_estimates_the_divergence_without_gradient():
 def test_unknown_reduction():
     with pytest.raises(ValueError, match="'token'; expected 'sum' or 'mean'"):
         losses.nll(completion([[0.0]]), "token")
+
+
+def with_tokens(seed=0, B=3, T=5):
+    """Pairs, the reference's view of the same tokens, and a significance of each token, all with float64 tokens."""
+    g = torch.Generator().manual_seed(seed)
+    masks = [torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g) for _ in range(2)]
+    tokens = [-3 * torch.rand(2, B, T, dtype=torch.float64, generator=g) for _ in range(2)]
+    ours, theirs = (Pairs(*(Completion(x, m) for x, m in zip(t, masks))) for t in tokens)
+    w = torch.randn(2, B, T, dtype=torch.float64, generator=g)
+    return ours, theirs, (w[0], w[1])
+
+
+def test_sparse_with_all_tokens_on_is_dpo_and_with_all_off_is_nothing():
+    ours, theirs, (w, _) = with_tokens()
+    reference = dict(ref_chosen=theirs.chosen.logp, ref_rejected=theirs.rejected.logp)
+    on, off = ((torch.full_like(w, x),) * 2 for x in (9.0, -9.0))
+    torch.testing.assert_close(sparse(ours, theirs, on, beta=0.3, l1=0.0), dpo(ours._replace(**reference), beta=0.3))
+    assert sparse(ours, theirs, off, l1=0.0).tolist() == pytest.approx([math.log(2)] * 3)
+
+
+def test_sparse_by_hand():
+    """Steepness 2: on(0.5 log 3) = 3/4 and on(-0.5 log 3) = 1/4; the chosen's log-ratios are 1 and 2, the rejected's -4; the
+    margin is 3/4 + 2/4 + 3 = 4.25 and |w| adds up to 3 * 0.5 log 3; the masked token counts in neither."""
+    x = math.log(3) / 2
+    ours = Pairs(completion([[-1.0, -1.0, -8.0]], [[1, 1, 0]]), completion([[-5.0]]))
+    theirs = Pairs(completion([[-2.0, -3.0, 0.0]], [[1, 1, 0]]), completion([[-1.0]]))
+    w = (torch.tensor([[x, -x, 9.0]], dtype=torch.float64), torch.tensor([[x]], dtype=torch.float64))
+    found = sparse(ours, theirs, w, beta=0.5, steepness=2.0, l1=0.1)
+    assert found.item() == pytest.approx(softplus(-0.5 * 4.25) + 0.1 * 3 * x)
+
+
+def test_sparse_on_the_tokens_that_differ_is_dpo_on_these():
+    """Shared tokens with equal log-ratios contribute nothing either way."""
+    ours, theirs, _ = with_tokens(B=1)
+    mask = torch.ones(1, 5)
+    ours = Pairs(*(c._replace(mask=mask) for c in ours[:2]))
+    theirs = Pairs(*(c._replace(mask=mask) for c in theirs[:2]))
+    for made in (ours, theirs):
+        made.rejected.logps[:, :3] = made.chosen.logps[:, :3]
+    some = torch.tensor([[-9.0, -9.0, -9.0, 9.0, 9.0]], dtype=torch.float64)
+    every = torch.full_like(some, 9.0)
+    torch.testing.assert_close(sparse(ours, theirs, (some, some), l1=0.0), sparse(ours, theirs, (every, every), l1=0.0))
+
+
+def test_sparse_prunes_what_both_answers_share():
+    """Descent on the significances: the L1 term takes the shared prefix to 0 and leaves the token that tells the answers apart.
+
+    The prefix has one significance in both, being a function of what stands before.
+    """
+    ratios = torch.tensor([[[0.3, 0.2, 1.0]], [[0.3, 0.2, -1.0]]], dtype=torch.float64)
+    zero = Completion(torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3))
+    ours, theirs = Pairs(*(Completion(x, torch.ones(1, 3)) for x in ratios)), Pairs(zero, zero)
+    prefix, last = (torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True) for shape in ((1, 2), (2, 1, 1)))
+    optimizer = torch.optim.Adam([prefix, last], lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        w = tuple(torch.cat([prefix, x], 1) for x in last)
+        sparse(ours, theirs, w, beta=1.0, l1=0.02).sum().backward()
+        optimizer.step()
+    assert last[0] > 0.2 and prefix.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_sparse_stays_finite(scale):
+    one = torch.ones(1, 1)
+    ours = Pairs(Completion(torch.full((1, 1), scale), one), Completion(torch.zeros(1, 1), one))
+    theirs = Pairs(*(Completion(torch.zeros(1, 1, dtype=torch.bfloat16), one) for _ in range(2)))
+    w = torch.ones(1, 1, requires_grad=True)
+    found = sparse(ours, theirs, (w, w))
+    assert found.isfinite().all() and found.dtype == torch.float32
+    assert torch.autograd.grad(found.sum(), w)[0].isfinite().all()

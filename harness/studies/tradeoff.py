@@ -1,7 +1,5 @@
 """Preference tuning and supervised fine-tuning on a problem small enough to draw: one after the other, or taking turns.
 
-    python harness/studies/tradeoff.py [--output_dir runs/tradeoff]
-
 Both objectives are logistic losses of a softmax policy over two outputs, `f(theta) = log(1 + exp(-z (theta - origin)))`: `z` is
 the difference of the two outputs' features (times beta) and `origin` the reference policy's parameter for preference tuning, 0
 for supervised fine-tuning. Neither minimum conflicts with itself; together they do. After the toy illustration (figure 2) and
@@ -10,25 +8,16 @@ theorems 3.3 and 4.1 of the paper "joint SFT and DPO". The instances are constru
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder, whose names would hide libraries
-
-import matplotlib
 import numpy as np
-import rich.console
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.figures import PAPER
-from harness.files import write_json, write_text
+from harness.claims import Claim, Findings, Picture
 from harness.tables import Table, number, tiny
 from ogdopt import AlternatingObjective, MaxGapObjective, SequentialObjective
 from ogdopt.objectives import OneAtATime
@@ -210,12 +199,11 @@ def bound(weight: float, steps: int, rate: float) -> float:
 
 
 def gaps(
-    half_steps: Sequence[int] = HALF_STEPS, budget: int = 90_000, rates: tuple[float, float] = (0.5, 2.0)
+    half_steps: Sequence[int] = HALF_STEPS, seeds: Sequence[int] = range(5), rates: tuple[float, float] = (0.5, 2.0)
 ) -> list[Results]:
     """G_Mix(theta_T) = f_Mix(theta_T) - min f_Mix of both schedules, for every weight and number of steps.
 
-    Sequential takes `half_steps` of size rates[0] on either objective, ALRIGHT as many in all of size rates[1]/sqrt(T):
-    with 3 to 30 seeds, as many as `budget` steps pay for.
+    Sequential takes `half_steps` of size rates[0] on either objective, ALRIGHT as many in all of size rates[1]/sqrt(T).
     """
     found = []
     for half in half_steps:
@@ -226,7 +214,7 @@ def gaps(
             weights = {DPO: weight, SFT: 1 - weight}
             ends = [
                 descend(LINE, AlternatingObjective(weights, seed=seed), LINE_START, steps, rates[1] / math.sqrt(steps))[-1]
-                for seed in range(max(3, min(30, budget // steps)))
+                for seed in seeds
             ]
             found.append(
                 {
@@ -252,7 +240,7 @@ def gap_table(found: Sequence[Results]) -> Table:
     note = (
         "λ is the weight of preference tuning. Sequential tunes preferences, then fine-tunes, for half of the steps each: its "
         "gap grows, since the second phase forgets the first (theorem 3.3). That of ALRIGHT (mean of "
-        f"3 to 30 seeds, more for short runs) falls; the bound of theorem 4.1 is kept everywhere (at most {worst:.3f} of it)."
+        f"{len(found[0]['alternating'])} seeds) falls; the bound of theorem 4.1 is kept everywhere (at most {worst:.3f} of it)."
     )
     return Table("One parameter: gap of the mixed objective after T steps", columns, rows, note)
 
@@ -280,48 +268,68 @@ def draw_gaps(found: Sequence[Results]) -> Figure:
 # ---- the study -----------------------------------------------------------------------------------------------------------
 
 
-def study(folder: Path, seeds: int = 10) -> list[Table]:
-    """Run everything, write tradeoff.md, tradeoff.json and both figures into `folder`, and return the tables."""
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def study(seeds: Sequence[int] = SEEDS) -> Findings:
+    """Both toys; Sequential and MAXRIGHT toss no coins, so a seed is one of ALRIGHT's.
+
+    Args:
+        seeds: Seeds of ALRIGHT's coin.
+    """
     losses = plane()
-    paths = trajectories(losses)
+    paths = trajectories(losses, seed=seeds[0])
     ends = {name: summary(losses, path) for name, path in paths.items()}
     others = [
         descend(losses, AlternatingObjective(HALVES, seed=seed), START, len(paths["ALRIGHT"]) - 1, RATE, DECAY)
-        for seed in range(1, seeds)
+        for seed in seeds[1:]
     ]
     distances = [ends["ALRIGHT"]["distance"], *(summary(losses, path)["distance"] for path in others)]
-    found = gaps()
-    tables = [plane_table(ends, distances), gap_table(found)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(PAPER):
-        for name, figure in (("trajectories", draw_plane(losses, paths)), ("gaps", draw_gaps(found))):
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    found = gaps(seeds=seeds)
     places = {"start": START.tolist(), "reference": losses[DPO].origin.tolist()}
     settings = places | {"rate": RATE, "decay": DECAY, "enough": ENOUGH}
-    record = {"plane": {"settings": settings, "ends": ends, "alternating_distances": distances}, "line": found}
-    write_json(folder / "tradeoff.json", record)
-    write_text(folder / "tradeoff.md", markdown(tables))
-    return tables
+    return Findings(
+        seeds,
+        [*plane_claims(ends, distances), *gap_claims(found)],
+        [plane_table(ends, distances), gap_table(found)],
+        [
+            Picture(
+                "trajectories",
+                "Look for paths that reach the star: only those of ALRIGHT and MAXRIGHT come near it.",
+                draw_plane(losses, paths),
+            ),
+            Picture("gaps", "Look for lines that rise (Sequential) and fall (ALRIGHT).", draw_gaps(found)),
+        ],
+        ["Constructed instances: the features of the paper are not published."],
+        {"plane": {"settings": settings, "ends": ends, "alternating_distances": distances}, "line": found},
+    )
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """The study's page: tables, notes and figures."""
-    plane, line = (f"## {table.title}\n\n{table.markdown()}\n\n{table.note}\n" for table in tables)
-    head = "# One after the other, or taking turns\n\nConstructed instances: the features of the paper are not published."
-    look = "Look for paths that reach the star: only those of ALRIGHT and MAXRIGHT come near it."
-    return f"{head}\n\n{plane}\n![paths](trajectories.svg)\n\n{look}\n\n{line}\n![gaps](gaps.svg)\n"
+def plane_claims(ends: Mapping[str, Mapping[str, float]], distances: Sequence[float]) -> list[Claim]:
+    """What figure 2 shows, of the distances from the ideal point."""
+    far, near = ends["Sequential"]["distance"], ends["MAXRIGHT"]["distance"]
+    return [
+        Claim("ALRIGHT ends nearer to the ideal point than Sequential: ratio of distances", "far nearer (figure 2)",
+              [far / x for x in distances], [x < far for x in distances]),
+        Claim("MAXRIGHT ends nearer than ALRIGHT: ratio of distances", "more direct, and nearer (figure 2)",
+              [x / near for x in distances], [near < x for x in distances]),
+    ]  # fmt: skip
 
 
-def main() -> None:
-    """Run the study and print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tradeoff"))
-    folder = parser.parse_args().output_dir
-    console = rich.console.Console()
-    for table in study(folder):
-        console.print(table.terminal(), table.note, "", sep="\n")
-    console.print(f"{folder / 'tradeoff.md'}")
-
-
-if __name__ == "__main__":
-    main()
+def gap_claims(found: Sequence[Results]) -> list[Claim]:
+    """Theorems 3.3 and 4.1, over all weights."""
+    count = len(found[0]["alternating"])
+    cells = [[c for c in found if c["weight"] == weight] for weight in LAMBDAS]
+    pairs = [(of_weight[0], of_weight[-1]) for of_weight in cells]
+    grown = min(b["sequential"] / a["sequential"] for a, b in pairs)
+    fallen = [max(b["alternating"][k] / a["alternating"][k] for a, b in pairs) for k in range(count)]
+    shares = [max(c["alternating"][k] / c["bound"] for c in found) for k in range(count)]
+    steps = f"T = {pairs[0][0]['steps']:,} to {pairs[0][1]['steps']:,}"
+    return [
+        Claim(f"Sequential's gap grows, {steps}: least ratio over the weights", "does not vanish (theorem 3.3)",
+              [grown] * count, [grown > 1] * count),
+        Claim(f"ALRIGHT's gap falls, {steps}: largest ratio over the weights", "falls as ln T / sqrt(T) (theorem 4.1)",
+              fallen, [x < 1 for x in fallen]),
+        Claim("ALRIGHT's gap stays under its bound: largest share of it", "at most 1, in expectation (theorem 4.1)",
+              shares, [x <= 1 for x in shares]),
+    ]  # fmt: skip

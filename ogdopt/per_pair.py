@@ -1,0 +1,51 @@
+"""Rules that are applied to each preference pair by itself, instead of to the gradients of a batch.
+
+The gradients of a batch's mean log-probabilities can be mixed so that both promises hold for the mean. Where they are to hold
+for each pair, as in the theory of normalized preference optimization, each pair has two gradients and coefficients of its own:
+
+    with opt.winner():
+        for k in range(n):
+            add_pair(parameters, lambda: nll(chosen[k]), lambda: nll(rejected[k]), scaled(normalized, weight[k]), 1 / n)
+    opt.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ogdopt.gram import Gram, Value, gradients, gram, mix_
+from ogdopt.projection import Rule
+
+
+def add_pair(parameters: Iterable[Tensor], winner: Value, loser: Value, rule: Rule, share: float = 1.0) -> Gram:
+    """Add `share` times the mixture of one pair's two gradients to what parameters hold in p.grad; its Gram numbers, (1,).
+
+    The closures return the losses of the pair's winner and loser, each a scalar with a graph. Three gradients are kept
+    meanwhile: this pair's two, and what the pairs before it have added up to. Raises RuntimeError where other ranks would
+    average gradients of different pairs.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"each pair's two gradients are mixed by themselves, and {dist.get_world_size()} ranks would average theirs first; "
+            "run one process, or mix the gradients of the whole batch"
+        )
+    parameters = [p for p in parameters if p.requires_grad]
+    held = [p.grad for p in parameters]
+    (_, ls), (_, ws) = (gradients(closure, parameters) for closure in (loser, winner))
+    numbers = gram(ws, ls).pooled([len(parameters)])
+    one = torch.ones((), dtype=torch.float64)
+    a, b = (share * x[0] for x in rule(numbers))
+    with torch.no_grad():
+        for p, w, l, before in zip(parameters, ws, ls, held):
+            if w is None and l is not None:
+                w = torch.zeros_like(p)
+            if w is not None:
+                mix_(w, l, a, b)
+                if before is not None:
+                    mix_(before, w, one, one)
+            p.grad = w if before is None else before
+    return numbers
