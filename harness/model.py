@@ -259,6 +259,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
     if isinstance(bare(model), FSDPModule):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
+        twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+        weights = {name: value for name, value in weights.items() if name not in twice}  # tied ones are saved once
 
     def write() -> None:
         with replaced(folder) as temporary:

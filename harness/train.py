@@ -306,7 +306,7 @@ class Trainer:
                 (self.ranks.size * loss).backward()
                 if micro.counts:
                     found[micro.rows] = completion.logp.detach()
-                    taken.add(**{f"logps/{name}": completion.logp.sum() / n})
+                taken.add(**{f"logps/{name}": completion.logp.sum() / n * micro.counts})
                 if side == "winner":
                     taken.add(loss=loss)
         return found
@@ -407,12 +407,11 @@ class Trainer:
             pairs = Pairs(chosen, rejected)
             if entry.reference:
                 pairs = Pairs(chosen, rejected, *self._references(rows))
-            if micro.counts:
-                share = n / len(indices)
-                taken.add(**{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
-                if entry.reference and beta is not None:
-                    ratios = pairs.log_ratios()
-                    taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+            share = n / len(indices) * micro.counts
+            taken.add(**{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
+            if entry.reference and beta is not None:
+                ratios = pairs.log_ratios()
+                taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
             yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices) * micro.counts
 
     def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
