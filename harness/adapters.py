@@ -7,7 +7,8 @@ log-probabilities that are taken before the first step are those of the referenc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,19 @@ def _change(layer: Any, name: str, weights: Mapping[str, Tensor]) -> Tensor:
     B, A = (weights[n].detach().float() for n in names)
     change = (B @ A) * layer.scaling["default"]
     return change.T if embeds or getattr(layer, "fan_in_fan_out", False) else change
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Passes that can be compared, in training mode, which activation checkpointing needs."""
+    rates = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    try:
+        for module in rates:
+            module.p = 0.0
+        yield
+    finally:
+        for module, rate in rates.items():
+            module.p = rate
 
 
 def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from harness import ranks
 from harness.analysis import ASKED, plain
-from harness.config import RECIPES, Config, parse
+from harness.config import RECIPES, Config, command
 from harness.files import write_json, write_text
 from harness.lm_evals import evaluate
-from harness.runs import NUMBERED, Evaluation
+from harness.runs import NUMBERED, Evaluation, short_name
 from harness.sources import HUB_ID
 from harness.stages import device_name, located, record
 from harness.tables import NONE, Table, interval, markdown_text, number, p_text, percent
@@ -44,7 +44,10 @@ class Subject:
 def main(words: Sequence[str]) -> None:
     """Evaluate what has no evaluation yet, print the comparison, and write tax.md and tax.json into the study's directory."""
     named = list(words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))])
-    config = parse(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
+    asked = command(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
+    if asked.dry_run:
+        raise ValueError("tax trains nothing, so it has no --dry_run; take the option out")
+    config = asked.config
     if len(named) < 2:
         raise ValueError(
             f"tax: found {len(named)} models; expected two or more before the options: the reference first, e.g. "
@@ -82,16 +85,6 @@ def subjects(word: str) -> list[Subject]:
         f"tax: {word} is no Hugging Face folder (with config.json), no run with evals/epoch-<n>.json, no evaluation's file and "
         f"no hub id (looked in {Path.cwd()}); for a study name its runs: {word}/seed-0/ogd"
     )
-
-
-def short_name(path: Path) -> str:
-    """A model's or an evaluation's name in tables: its last folders, without those that every run has.
-
-    >>> short_name(Path("runs/mine/seed-0/ogd/model/epoch-3")), short_name(Path("sft"))
-    ('ogd/epoch-3', 'sft')
-    """
-    parts = [part for part in path.with_suffix("").parts if part not in ("model", "evals", "/", "..")]
-    return "/".join(parts[-2:] if NUMBERED.fullmatch(parts[-1]) else parts[-1:]) if parts else str(path)
 
 
 def _evaluated(subject: Subject, config: Config, directory: Path) -> Path:

@@ -96,6 +96,8 @@ class ModelConfig:
     """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
     tokenizer_name_or_path: str | None = "mistralai/Mistral-7B-Instruct-v0.3"
     """Hub id or folder of the tokenizer with its chat template; null trains one on the study's own text."""
+    chat_template: str | None = None
+    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
     tokenizer_type: Literal["bpe", "word"] = "bpe"
     """Kind of tokenizer that is trained when `tokenizer_name_or_path` is null."""
     vocab_size: int = 4096
@@ -146,7 +148,9 @@ class StageConfig:
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the torch.optim class."""
     learning_rate: float = 1e-6
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: int = 150
     """Steps of linear warm-up; used when `warmup_ratio` is null."""
     warmup_ratio: float | None = None
@@ -171,6 +175,8 @@ class StageConfig:
     """Measure held-out pairs every so many steps; null: ten times an epoch. Step 0 and every epoch's end always."""
     save_steps: int | None = None
     """Also save a checkpoint every so many steps; every epoch's end always."""
+    export: Literal["all", "last"] = "all"
+    """Which models are written as Hugging Face folders: that of every epoch, or the last alone."""
     logging_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -246,11 +252,32 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class SparseConfig:
+    """What the method sparse learns beside the model: a significance for every token; positive: the token counts."""
+
+    significance: Literal["hidden", "free"] = "hidden"
+    """hidden: one linear layer on hidden states; free: a number for every token of the training rows."""
+    learning_rate: float = 1e-3
+    initial: float = 0.5
+    """Significance of all tokens at the start; well above 0, all count, as in DPO."""
+
+
+@dataclass(frozen=True)
 class PreferenceConfig(StageConfig):
     """The preference stage; each method starts from the supervised model."""
 
     beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
     """Strengths of the methods that have one (dpo); each is a run of its own."""
+    warn_at: dict[str, float] = field(default_factory=dict)
+    """Where the 3D-properties warn, of held-out pairs in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise;
+    defaults and meaning: `ogdopt.three_d.Thresholds`."""
+    loss_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further hyper-parameters of losses by method, e.g. {simpo: {simpo_gamma: 0.5}}; the defaults are in `ogdopt.losses`."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    probe_steps: int | None = None
+    """For methods of one gradient (dpo and other losses of pairs): every so many steps, take the chosen's and the rejected's
+    gradients too and log what they say of both log-probabilities, and what the step does to them; null: never. It costs as
+    much as two steps. Methods of two gradients log what theirs say at every step, for nothing."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +350,10 @@ class Config:
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
     """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
     rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
-    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf."""
+    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo,
+    flex_dpo, sft_dpo, rrhf, orpo, sparse; of pairs or of unpaired rows: kto; normalized preference optimization of a batch or
+    of each pair: npo, npo_pair; and reward_model, a head of one number
+    that is measured on held-out pairs alone."""
     world: WorldConfig | None = None
     """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -341,6 +371,10 @@ class Config:
     """CPU threads of torch; null: one a core."""
 
     def __post_init__(self) -> None:
+        if self.evals.epochs == "all" and self.preference.export == "last":
+            raise ValueError(
+                "evals.epochs is all, but preference.export is last, so that earlier epochs have no model; expected the same"
+            )
         size, micro = self.joint.train_batch_size, self.preference.per_device_train_batch_size
         if size is not None and size % micro:
             raise ValueError(
@@ -378,7 +412,6 @@ def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog
 
 def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
     """The command line: the configuration, and whether it is to be run or only checked.
-
 
     Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
     """

@@ -192,6 +192,17 @@ def collate(examples: Sequence[Example], pad_id: int, train_on_prompt: bool = Fa
     return Batch(input_ids, attention_mask, loss_mask)
 
 
+def mismatched(data: Preferences) -> list[Example]:
+    """Each winner's and each loser's prompt with the completion of the row behind it, cut to the longest row there is.
+
+    Their log-ratios are the policy's divergence from its reference on answers that nobody prefers (Ethayarajh et al. 2024).
+    """
+    rows = [*data.winners, *data.losers]
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    following = [*rows[1:], rows[0]]
+    return [Example(a.prompt_ids, b.completion_ids[: longest - len(a.prompt_ids)]) for a, b in zip(rows, following)]
+
+
 class Loader:
     """One pass over the rows of one option: encodes them and keeps account of what happens to each."""
 

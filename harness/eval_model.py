@@ -50,28 +50,38 @@ def load(
             f"evals.device_map is {device_map!r}, which spreads one model over all devices, but there are {ranks.size()} "
             "processes; start one with python, or let every process have the whole model (evals.device_map null)"
         )
-    loaded = []
-    for source, kind in ((tokenizer or model, AutoTokenizer), (model, AutoModelForCausalLM)):
-        options = {} if kind is AutoTokenizer else {"dtype": "auto", **({"device_map": device_map} if device_map else {})}
-        try:  # a folder is all there is: the hub is not asked for what it lacks
-            loaded.append(kind.from_pretrained(str(source), local_files_only=source.is_dir(), **options))
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{source}: {kind.__name__} cannot load it ({str(error).splitlines()[0]}); expected a Hugging Face folder "
-                "(one that training has exported) or a hub id within reach"
-            ) from error
-    if apply_chat_template and not loaded[0].chat_template:
+    words = load_words(model, tokenizer, apply_chat_template)
+    spread = {"device_map": device_map} if device_map else {}
+    loaded = pretrained(AutoModelForCausalLM, model, dtype="auto", **spread)
+    return (loaded if device_map else loaded.to(device)).eval(), words
+
+
+def load_words(model: Path, tokenizer: Path | None, apply_chat_template: bool) -> Any:
+    """The tokenizer of `load`."""
+    words = pretrained(AutoTokenizer, tokenizer or model)
+    if apply_chat_template and not words.chat_template:
         raise ValueError(
             f"{tokenizer or model}: the tokenizer has no chat template; choose one that has (model.tokenizer_name_or_path), "
             "or set evals.apply_chat_template to false"
         )
-    return (loaded[1] if device_map else loaded[1].to(device)).eval(), loaded[0]
+    return words
 
 
-def identity(model: Path, loaded: Any) -> str:
+def pretrained(kind: Any, source: Path, **options: Any) -> Any:
+    """What one of transformers' Auto classes makes of a folder or a hub id. Raises ValueError where it cannot."""
+    try:  # a folder is all there is: the hub is not asked for what it lacks
+        return kind.from_pretrained(str(source), local_files_only=source.is_dir(), **options)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{source}: {kind.__name__} cannot load it ({str(error).splitlines()[0]}); expected a Hugging Face folder "
+            "(one that training has exported) or a hub id within reach"
+        ) from error
+
+
+def identity(model: Path, config: Any) -> str:
     """What changes when a model does: sizes and times of a folder's files, or the commit of a hub id."""
     if not model.is_dir():
-        return f"{model}@{getattr(loaded.config, '_commit_hash', None)}"
+        return f"{model}@{getattr(config, '_commit_hash', None)}"
     files = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 

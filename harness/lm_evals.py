@@ -83,7 +83,7 @@ def evaluate(
         shows = progress and ranks.rank() == 0
         with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not shows, file=terminal, leave=False) as bar:
             lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar)
-            about = {**settings(config, lm), **versions(), "model": identity(model_dir, model), "words": str(tokenizer)}
+            about = {**settings(config, lm), **versions(), "model": identity(model_dir, model.config), "words": str(tokenizer)}
             digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
             lm.journal = Journal(output.with_name(f"{output.stem}.partial-{digest}.jsonl"), rank=ranks.rank())
             samples = ask(lm, config, [*local.values(), *(task for tasks in official.values() for task in tasks)])

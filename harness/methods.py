@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from ogdopt.losses import LOSSES, kto_unpaired, sparse
 from ogdopt.objectives import AlternatingObjective, MaxGapObjective, MixedObjective, Objective, SequentialObjective
 from ogdopt.optimizer import Metric
-from ogdopt.projection import Rule, orthogonal, watch
+from ogdopt.projection import Rule, normalized, orthogonal, watch
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,18 @@ class Method:
     """Says whose step it is, the pairs' or the supervised rows'; one run for each value of `joint.lambdas`."""
     first: str = "preference"
     """The stream that `SequentialObjective` begins with."""
+    weight: str | None = None
+    """The loss of pairs whose weight (`ogdopt.diagnostics.weights`), averaged over the batch, the rule's mixture is multiplied
+    by."""
+    per_pair: bool = False
+    """Whether each pair has its own two gradients, mixture and weight, and the batch takes the mean of these."""
+    reward: bool = False
+    """Whether what is trained is a reward model (`harness.reward`), which is measured on held-out pairs alone."""
 
     @property
     def two_gradients(self) -> bool:
-        """Whether winners and losers have a gradient each."""
-        return self.loss == "nll" and set(self.sides) == {"winner", "loser"}
+        """Whether the winners of a batch and its losers have a gradient each."""
+        return self.loss == "nll" and set(self.sides) == {"winner", "loser"} and not self.per_pair
 
     @property
     def swept(self) -> Literal["beta", "lambda"] | None:
@@ -52,7 +61,21 @@ class Method:
     @property
     def pairwise(self) -> bool:
         """Whether it needs chosen and rejected completions of the same prompt: with a schedule the DPO loss is measured."""
-        return self.loss != "nll" or self.schedule is not None
+        return self.loss not in ("nll", "kto") or self.schedule is not None or self.weight is not None
+
+    @property
+    def reference(self) -> bool:
+        """Whether it needs log-probabilities of the training rows under the model that it starts from."""
+        loss = "dpo" if self.schedule else self.weight or self.loss
+        return loss == "sparse" or (loss in LOSSES and LOSSES[loss].reference)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The loss's hyper-parameters beside beta, and their defaults."""
+        functions: dict[str, Any] = {"sparse": sparse, "kto": kto_unpaired, "nll": lambda: None}
+        entry = functions.get(self.loss) or LOSSES[self.loss].function
+        known = inspect.signature(entry).parameters.values()
+        return {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("beta", "z_ref")}
 
 
 PAIR, APART = ("winner", "loser"), ("loser", "winner")
@@ -77,7 +100,37 @@ METHODS: dict[str, Method] = {
     "simpo": Method("simpo", PAIR, beta=True, label="SimPO"),
     "cpo": Method("cpo", PAIR, beta=True, label="CPO"),
     "slic_hf": Method("slic_hf", PAIR, label="SLiC-HF"),
+    "cdpo": Method("cdpo", PAIR, beta=True, label="cDPO"),
+    "robust_dpo": Method("robust_dpo", PAIR, beta=True, label="Robust DPO"),
+    "flex_dpo": Method("flex_dpo", PAIR, label="Flex-DPO"),
+    "sft_dpo": Method("sft_dpo", PAIR, beta=True, label="SFT-DPO"),
+    "kto": Method("kto", PAIR, beta=True, label="KTO"),
+    "rrhf": Method("rrhf", PAIR, label="RRHF"),
+    "orpo": Method("orpo", PAIR, beta=True, label="ORPO"),
+    "sparse": Method("sparse", PAIR, beta=True, label="Sparse DPO"),
+    "npo": Method("nll", APART, normalized, beta=True, label="NPO", weight="dpo"),
+    "npo_pair": Method("nll", APART, normalized, beta=True, label="NPO (each pair)", weight="dpo", per_pair=True),
+    "reward_model": Method("bradley_terry", PAIR, label="Reward model", reward=True),
 }
+
+
+def check_loss_args(given: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError unless `preference.loss_args` names methods and hyper-parameters of theirs."""
+    for name, options in given.items():
+        if name not in METHODS:
+            raise ValueError(f"preference.loss_args names {name!r}; expected methods out of {', '.join(METHODS)}")
+        known = METHODS[name].options
+        for option, value in options.items():
+            if option not in known:
+                raise ValueError(
+                    f"preference.loss_args.{name} has {option!r}; expected {', '.join(known) or 'nothing'}"
+                    + (" (beta is preference.beta)" if METHODS[name].beta else "")
+                )
+            kinds = (str, bool) if isinstance(known[option], (str, bool)) else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(known[option], bool):
+                raise ValueError(
+                    f"preference.loss_args.{name}.{option} is {value!r}; expected a value like its default, {known[option]!r}"
+                )
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,11 @@ def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> 
     return tokenizer
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or the hub. Raises ValueError if it cannot be had or lacks an end token."""
+def load_tokenizer(name_or_path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or the hub, with `chat_template` instead of its own if there is one.
+
+    Raises ValueError if it cannot be had or lacks an end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), mistral_format=False)
     except (OSError, ValueError) as error:
@@ -92,6 +95,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -138,7 +143,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
             f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
         )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(built, **_attention(config))
+    model = AutoModelForCausalLM.from_config(built, **attention_of(config))
     model.generation_config.update(**ids)
     return model.to(getattr(torch, config.dtype))
 
@@ -150,7 +155,7 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=getattr(torch, config.dtype), **_attention(config)
+            str(name_or_path), dtype=getattr(torch, config.dtype), **attention_of(config)
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -212,30 +217,44 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int, bf16: bo
     register_fsdp_forward_method(plain, "scored_logps")  # gathers what lies outside of the layers, as forward() would
 
 
-def completion_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Completion:
+def completion_logps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    states: list[Tensor] | None = None,
+) -> Completion:
     """Log-probabilities of the scored tokens, (B, T - 1), nats in float32; column t belongs to token t + 1.
 
     The arguments are a batch's, each (B, T); a `loss_mask` in the host's memory spares a question to the device. The head runs
-    at the scored positions alone, `HEAD_CHUNK` of them at a time, so the logits are (HEAD_CHUNK, V) and never (B, T, V).
+    at the scored positions alone, `HEAD_CHUNK` of them at a time, so the logits are (HEAD_CHUNK, V) and never (B, T, V). The
+    hidden states there, (scored tokens, d), are added to `states`, without their graph.
     """
     plain = bare(model)
     scored = loss_mask[:, 1:]
     places = scored.flatten().nonzero().squeeze(1).to(input_ids.device, non_blocking=True)
     score: Any = plain.scored_logps if isinstance(plain, FSDPModule) else partial(_scored_logps, plain)
-    values = score(input_ids, attention_mask, places)
+    values = score(input_ids, attention_mask, places, states)
     logps = torch.zeros(scored.numel(), dtype=values.dtype, device=values.device).index_copy(0, places, values)
     return Completion(logps.view(scored.shape), scored.to(input_ids.device, non_blocking=True))
 
 
-def _scored_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor) -> Tensor:
+def _scored_logps(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor, states: list[Tensor] | None
+) -> Tensor:
     """`completion_logps` at the places, (N,), of a flattened (B, T - 1); (N,)."""
     targets = input_ids[:, 1:].flatten()[places]
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return _token_logps(logits[:, :-1].flatten(0, 1)[places], targets)
+        wanted = {"output_hidden_states": True} if states is not None else {}
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
+        if states is not None:
+            states.append(output.hidden_states[-1][:, :-1].flatten(0, 1)[places].detach())
+        return _token_logps(output.logits[:, :-1].flatten(0, 1)[places], targets)
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1].flatten(0, 1)[places]
+    if states is not None:
+        states.append(hidden.detach())
     if len(targets) <= HEAD_CHUNK:
         return _token_logps(head(hidden), targets)
     # A chunk's logits are made again in its backward pass, so that one chunk's are alive at a time.
@@ -292,7 +311,8 @@ Trained from `{base}` with ogdopt. Recipe:
 """
 
 
-def _attention(config: ModelConfig) -> dict[str, Any]:
+def attention_of(config: ModelConfig) -> dict[str, Any]:
+    """The keyword of `from_pretrained` that chooses the attention's implementation, where one is chosen."""
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 

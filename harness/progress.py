@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from harness.ranks import Ranks
 from ogdopt import StepReport
+from ogdopt.diagnostics import Probe
+from ogdopt.gram import Gram
 
 EVERY = 30.0  # seconds between plain lines
 
@@ -40,6 +42,10 @@ class Taken:
     """Tokens that went through the model, without padding and with it."""
     learning_rate: float = 0.0
     report: StepReport | None = None
+    seen: Probe | None = None
+    """What the step did to the mean log-probabilities of its batch, where that was watched."""
+    each: list[Gram] = field(default_factory=list)
+    """Gram numbers of each pair, for methods that mix pair by pair."""
 
     def add(self, **values: Tensor) -> None:
         """Add to the sums."""

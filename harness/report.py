@@ -28,6 +28,7 @@ from harness.gaps import Joint, drawn, gap_table, joint_runs, numbers, sentences
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
+from harness.watching import reward_models, steady_panels, steady_table, three_d_panels, three_d_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 BEST, MATCHED = "Each run at its best epoch", "At matched preference learning"
@@ -99,6 +100,15 @@ def print_table(report: Report, console: Console | None = None) -> None:
     console.print(Text(f"Report: {report.path}", style="bold"), soft_wrap=True)
 
 
+def print_gaps(joint: Joint, page: Path, console: Console | None = None) -> None:
+    """Print what joint runs reached, for a study that has nothing else to report, and where its page lies."""
+    console = console or Console()
+    console.print(gap_table(joint).without_empty_columns().terminal())
+    for sentence in sentences(joint):
+        console.print(Text(f"• {sentence}"))
+    console.print(Text(f"Page: {page}", style="bold"), soft_wrap=True)
+
+
 def _short_table(found: Comparison) -> Table:
     """The comparison in 80 columns: preference learning at the best epoch, TAX there and at matched preference learning."""
     rows = []
@@ -142,6 +152,10 @@ def tables(found: Comparison) -> Iterator[Table]:
         yield _task_table(found, way)
     if any(found.promises(name) for name in found.points):
         yield _promise_table(found)
+    if (watched := three_d_table(found)) is not None:
+        yield watched
+    if (steady := steady_table(found)) is not None:
+        yield steady
     yield _cost_table(found)
 
 
@@ -400,7 +414,11 @@ def _figures(found: Comparison, folder: Path, suffix: str = ".svg", joint: Joint
         floors[way] = float(np.mean(nulls))
     panels = study_panels(runs, points, floors, list(found.levels.values()), found.criterion or "preference learning")
     of_joint = draw(folder, *drawn(joint), suffix) if joint else []
-    return of_joint + draw(folder, panels, looks(found.study.runs), suffix)
+    own = draw(folder, [*panels, *three_d_panels(runs)], looks(found.study.runs), suffix)
+    if models := reward_models(found):
+        look = looks(found.study.runs | {name: seeds[0] for name, seeds in models.items()})
+        own += draw(folder, steady_panels(runs | models), look, suffix)
+    return of_joint + own
 
 
 def _measurements(found: Comparison, p: Point) -> dict[str, float | None]:

@@ -6,6 +6,8 @@
     python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
     python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
     python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
+    python harness/run.py generate MODEL PROMPTS --format F  a model's answers, for AlpacaEval, Arena-Hard, WildBench and judge
+    python harness/run.py judge BASELINE ANSWERS...          whose answers a judge prefers
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -30,6 +32,8 @@ FIRST = os.environ.get("RANK", "0") == "0"
 COMMANDS = {
     "study": "harness.study",
     "tax": "harness.compare",
+    "generate": "harness.generate",
+    "judge": "harness.judge",
 }
 """First word of the command line -> the module whose `main` takes the words behind it."""
 
@@ -91,12 +95,18 @@ def run(config: Config) -> None:
 
 def report(config: Config) -> None:
     """Tables and figures of what has been evaluated."""
-    from harness.report import print_table, write_report
+    from harness.gaps import write_gaps
+    from harness.methods import METHODS
+    from harness.report import print_gaps, print_table, write_report
 
-    if config.evals.tasks or config.evals.lm_eval_tasks:
+    if all(METHODS[name].reward for name in config.methods):
+        print(f"no report, since reward models answer no questions; see metrics.jsonl in {config.study.directory}")
+    elif config.evals.tasks or config.evals.lm_eval_tasks:
         print_table(write_report(config.study.directory, config.report))
     else:
         print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+        if (joint := write_gaps(config.study.directory)) is not None:
+            print_gaps(joint, config.study.directory / "gaps.md")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,17 @@ import yaml
 
 from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Example, Preferences, load_preferences, load_sft, texts
-from harness.files import write_json, write_text
+from harness.files import replaced, write_json, write_text
 from harness.guard import digest_of, local_files, same_files, same_rows
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
-from harness.methods import RunSpec, runs
+from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.ranks import ALONE, Ranks
+from harness.reward import RewardTrainer, load_reward_model
 from harness.train import Job, train
 from harness.world import make_world
+from ogdopt.three_d import Thresholds
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -42,7 +44,9 @@ class SeedStudy:
         self.device = device or torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
+        _check_thresholds(config.preference.warn_at)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
+        check_loss_args(config.preference.loss_args)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
         if joint and not (config.joint.data or config.sft.data).train:
             raise ValueError(
@@ -57,9 +61,14 @@ class SeedStudy:
     def _prepare(self) -> None:
         if self.config.world is not None:
             make_world(self.config.world, self.home / "data")
-        folder = self.home / "tokenizer"
-        if self.config.model.tokenizer_name_or_path is None and not folder.is_dir():
-            train_tokenizer(self._texts(), self.config.model, folder)
+        model, folder = self.config.model, self.home / "tokenizer"
+        if folder.is_dir():
+            return
+        if model.tokenizer_name_or_path is None:
+            train_tokenizer(self._texts(), model, folder)
+        elif model.chat_template is not None:  # kept with it, for models that are evaluated as they came
+            with replaced(folder) as temporary:
+                load_tokenizer(model.tokenizer_name_or_path, model.chat_template).save_pretrained(temporary)
 
     def supervised(self) -> None:
         """Train the start of all methods, if there is supervised data, and evaluate it."""
@@ -87,8 +96,10 @@ class SeedStudy:
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
         directory = self.home / spec.name
-        facts: dict[str, Any] = {"name": spec.name, "kind": "method", "method": spec.method, "label": spec.label}
-        stage = self._stage_settings("beta")
+        reward = METHODS[spec.method].reward
+        kind = "reward" if reward else "method"
+        facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
+        stage = self._stage_settings(spec.method)
         if spec.weight is None:
             facts["beta"], joint = spec.beta, None
         else:
@@ -97,6 +108,8 @@ class SeedStudy:
         self._record(directory, facts, stage, joint)
         if not self._done(directory):
             self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        if reward:
+            return  # it answers no questions
         epochs = self.ranks.tell(lambda: json.loads((directory / "complete.json").read_text())["epochs"])
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
@@ -104,9 +117,11 @@ class SeedStudy:
     def _done(self, directory: Path) -> bool:
         return self.ranks.tell((directory / "complete.json").is_file)
 
-    def _stage_settings(self, *unread: str) -> dict[str, Any]:
-        """The preference stage's settings without those that a run does not read, or that are in its name."""
-        return {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+    def _stage_settings(self, method: str) -> dict[str, Any]:
+        """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
+        unread = {"beta"} if METHODS[method].loss == "sparse" else {"beta", "sparse"}
+        settings = {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+        return settings | {"loss_args": settings["loss_args"].get(method, {})}
 
     def _joint_settings(self) -> dict[str, Any]:
         settings = as_dict(self.config.joint)
@@ -144,7 +159,15 @@ class SeedStudy:
             recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
             validation=self._joint_rows.get("eval", []) if joint else (),
             joint=joint,
+            thresholds=config.preference.warn_at,
+            loss_args=config.preference.loss_args.get(spec.method, {}),
+            sparse=config.preference.sparse,
+            probe_steps=config.preference.probe_steps,
         )
+        if METHODS[spec.method].reward:
+            model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
+            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, ranks=self.ranks).run()
+            return
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
         train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference, self.ranks)
@@ -173,7 +196,7 @@ class SeedStudy:
         given, folder = self.config.joint.optima, self.home / "optima"
         if given is not None:
             return given
-        stage = self._stage_settings("beta")
+        stage = self._stage_settings("alright")
         joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
         found = {}
         for name, weight in (("preference", 1.0), ("sft", 0.0)):
@@ -182,7 +205,7 @@ class SeedStudy:
             self._record(folder / name, facts | {"lambda": weight}, stage, joint)
             if not self._done(folder / name):
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
-                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs)
+                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
             found[name] = self.ranks.tell(lambda name=name: least(folder / name / "metrics.jsonl", f"eval_objective/{name}"))
         self.ranks.tell(lambda: write_json(folder / "optima.json", found))
         return found
@@ -218,7 +241,13 @@ class SeedStudy:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of all models of this study."""
-        return load_tokenizer(self.config.model.tokenizer_name_or_path or self.home / "tokenizer")
+        return load_tokenizer(self._words, self.config.model.chat_template)
+
+    @property
+    def _words(self) -> str | Path:
+        """Where the study's tokenizer is."""
+        name = self.config.model.tokenizer_name_or_path
+        return self.home / "tokenizer" if name is None or self.config.model.chat_template is not None else name
 
     @cached_property
     def _supervised_rows(self) -> dict[str, Any]:
@@ -291,9 +320,17 @@ class SeedStudy:
             return
         if self.ranks.first:
             print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
-        words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
+        words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
+
+
+def _check_thresholds(given: dict[str, float]) -> None:
+    try:
+        Thresholds(**given)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(f.name for f in dataclasses.fields(Thresholds))
+        raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
 
 
 def located(config: Config, data: str, seed: int) -> Config:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,25 +20,35 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from harness import checkpoints
-from harness.adapters import bare
+from harness import checkpoints, probing
+from harness.adapters import bare, without_dropout
 from harness.batches import Micro, deal, slots
-from harness.config import StageConfig
-from harness.data import Example, Preferences, collate, order
+from harness.config import SparseConfig, StageConfig
+from harness.data import Example, Preferences, collate, mismatched, order
 from harness.files import write_json
 from harness.joint import STREAMS, Joint
+from harness.measures import sums_of, unseen_mass
 from harness.meter import Meter, utilization
 from harness.methods import METHODS, Method
 from harness.model import completion_logps, export, model_card
 from harness.progress import Bar, Speed, Stopped, Taken, stop_signals
 from harness.ranks import ALONE, Ranks
-from ogdopt import PairedGradient
-from ogdopt.losses import LOSSES, Completion, Pairs, dpo, nll
+from harness.sparse import SparseTerm
+from ogdopt import PairedGradient, StepReport
+from ogdopt.diagnostics import Probe, entanglement, probe, weights
+from ogdopt.gram import Gram
+from ogdopt.losses import LOSSES, Completion, Pairs, dpo, kto_unpaired, nll
 from ogdopt.objectives import MaxGapObjective, MixedObjective, Objective, OneAtATime, SequentialObjective
+from ogdopt.per_pair import add_pair
+from ogdopt.projection import scaled
+from ogdopt.three_d import ThreeD, Thresholds
 
 EVAL_BETA = 0.1
 """Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
@@ -65,6 +75,13 @@ class Job:
     """Held-out supervised examples whose loss is measured."""
     joint: Joint | None = None
     """The supervised stream of a method with a schedule."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Where the 3D-properties warn, by names of `ogdopt.three_d.Thresholds`."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the method's loss beside beta."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    probe_steps: int | None = None
+    """Look into every so many steps of a method of one gradient (`preference.probe_steps`)."""
 
     def __post_init__(self) -> None:
         if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):
@@ -75,7 +92,12 @@ class Job:
         if METHODS[self.method].pairwise and not self.data.paired:
             raise ValueError(
                 f"method {self.method!r} compares two answers to one prompt, but the preference rows are unpaired (prompt, "
-                "completion, label); give pairs (prompt, chosen, rejected), or choose sft, ogd or ogd_metric"
+                "completion, label); give pairs (prompt, chosen, rejected), or choose sft, ogd, ogd_metric or kto"
+            )
+        if METHODS[self.method].loss == "kto" and not (self.data.winners and self.data.losers):
+            raise ValueError(
+                f"method {self.method!r} needs preferred and rejected completions, and there are {len(self.data.winners)} and "
+                f"{len(self.data.losers)}; give rows of both labels"
             )
 
     @property
@@ -163,19 +185,31 @@ class Trainer:
         self.load_reference = reference
         self.ranks = ranks
         self.method: Method = METHODS[job.method]
+        if ranks.size > 1:
+            self._check_for_many()
         self.plan = job.plan
         cast = bf16 and device.type != "cpu" and not isinstance(bare(model), FSDPModule)  # which casts by itself
         self.autocast = torch.autocast(device.type, torch.bfloat16) if cast else nullcontext()
         config = job.config
+        self.mismatched = mismatched(job.data) if self.method.loss == "kto" else []
+        self.sparse: SparseTerm | None = None
+        if self.method.loss == "sparse":
+            self.sparse = SparseTerm(job.sparse, job.data, bare(model).config.hidden_size, config.train_on_prompt, device)
+        self.trained: nn.Module = nn.ModuleList([model, self.sparse.significance]) if self.sparse else model
+        """What checkpoints hold."""
         self.optimizer = self._optimizer()
-        steps = self.plan.steps
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup(steps), steps)
+        self.scheduler = schedule(config, self.optimizer, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
+        self.probing = False
+        """Whether the present step is looked into."""
+        self.tensors: Gram | None = None
+        """What the last step's two gradients were, tensor by tensor, where there were two."""
         self.reference: dict[str, Tensor] = {}
         self.objective: Objective | None = None
         if job.joint is not None and self.method.schedule is not None:
             self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
         self.streams = job.streams
+        self.watch = ThreeD(Thresholds(**job.thresholds))
         self.taken = dict.fromkeys(self.streams, 0)
         """Steps that each stream of a joint run has had."""
 
@@ -185,6 +219,8 @@ class Trainer:
         job.directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(job.seed + 1_000_003 * self.ranks.rank)
         self.reference = self._reference()
+        if self.sparse is not None:
+            self.sparse.reference = self.reference["train_tokens"]
         progress = self._restored()
         meter, speed = Meter(self.device), Speed()
         with Bar(job.label, plan.steps, progress.step, self.ranks.first) as bar, stop_signals() as asked:
@@ -203,12 +239,13 @@ class Trainer:
                     stop = self._asked(asked)
                     bar.advance(progress.step)
                 if measured:
-                    line |= self._measure()
+                    line |= self._measure() | self._layers()
                     progress.enough = self._enough(line)
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if line:
                     self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
-                if epoch_ends:
+                ended = progress.step == plan.steps or bool(progress.enough)
+                if ended or (epoch_ends and job.config.export == "all"):
                     self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
                 due = job.config.save_steps and progress.step % job.config.save_steps == 0
                 if epoch_ends or due or stop:
@@ -218,19 +255,21 @@ class Trainer:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
         done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
         done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
-        done |= {"stopped": progress.enough} if progress.enough else {}
+        done |= {"warnings": self.watch.warnings} | ({"stopped": progress.enough} if progress.enough else {})
         self.ranks.tell(lambda: write_json(job.directory / "complete.json", done))
 
     def _restored(self) -> checkpoints.Progress:
         """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
         folder = self.job.directory / "checkpoint"
-        progress = checkpoints.restore(folder, self.model, self.optimizer, self.scheduler, self.ranks)
+        progress = checkpoints.restore(folder, self.trained, self.optimizer, self.scheduler, self.ranks)
         if progress is None:
             progress = checkpoints.Progress()
             self._truncate_metrics(0)
             self._log({"step": 0, "epoch": 0.0} | self._measure())
         else:
             self._truncate_metrics(progress.metrics_bytes)
+            for row in self.ranks.tell(lambda: self.metrics.read_text(encoding="utf-8").splitlines()):
+                self.watch.read(json.loads(row))
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
                 self.taken = dict(progress.schedule["taken"])
@@ -247,20 +286,34 @@ class Trainer:
             return ""
         return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
 
+    def _check_for_many(self) -> None:
+        """Raises ValueError for what is only known to be right in one process."""
+        method, what = self.method, ""
+        if method.loss == "sparse" or method.per_pair or method.reward:
+            what = f"method {self.job.method!r}"
+        elif self.job.probe_steps:
+            what = "preference.probe_steps"
+        if what:
+            raise ValueError(
+                f"{what} runs in one process, and there are {self.ranks.size}; start it with python instead of torchrun"
+            )
+
     def _optimizer(self) -> PairedGradient:
         """The configured optimizer under the method's rule; raises ValueError where torch or the library refuses it."""
         method, config = self.method, self.job.config
         options = {"foreach": False} | config.optimizer_args  # the foreach step makes a temporary of the model's size
         try:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            base = getattr(torch.optim, config.optimizer)(trained, lr=config.learning_rate, **options)
+            groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+            if self.sparse is not None:
+                groups.append({"params": list(self.sparse.significance.parameters()), "lr": self.job.sparse.learning_rate})
+            base = getattr(torch.optim, config.optimizer)(groups, lr=config.learning_rate, **options)
             return PairedGradient(
                 base,
                 method.rule,
                 max_norm=config.max_grad_norm,
                 metric=method.metric,
                 measure_change=method.two_gradients,
-                model=self.model,
+                model=self.trained,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -273,14 +326,23 @@ class Trainer:
     def _step(self, step: int) -> Taken:
         winners, losers = self.plan.rows(step)
         taken = Taken()
+        self.probing = self._probes(step)
         if self.objective is not None:
             taken.known = self._collect_scheduled(self.objective, taken)
-        elif self.method.pairwise:
+        elif self.method.per_pair:
+            taken.each = self._collect_each_pair(winners, taken)
+        elif self.method.loss == "kto":
+            self._collect(self._kto_losses(winners, losers, taken), taken)
+        elif self.method.loss != "nll":
             self._collect(self._pair_losses(winners, taken), taken)
         else:
-            self._collect_sides(winners, losers, taken)
+            logps = self._collect_sides(winners, losers, taken)
+            if self.method.weight is not None:
+                whole = {side: self.ranks.sum(values) for side, values in logps.items()}
+                self.optimizer.rule = scaled(self.method.rule, self._weight(winners, whole, taken, share=1 / self.ranks.size))
         taken.learning_rate = float(self.scheduler.get_last_lr()[0])
-        taken.report = self.optimizer.step()
+        with self._probe(winners, losers) if self.probing else nullcontext() as taken.seen:
+            taken.report = self.optimizer.step()
         self.scheduler.step()
         return taken
 
@@ -323,6 +385,41 @@ class Trainer:
             taken.tokens += answers * sum(lengths[i] for micro in micros if micro.counts for i in micro.rows)
             taken.slots += answers * sum(slots(lengths, micro) for micro in micros)
         return micros
+
+    def _collect_each_pair(self, indices: list[int], taken: Taken) -> list[Gram]:
+        """The mean over pairs of each one's own mixture; returns their Gram numbers."""
+        data, found = self.job.data, []
+
+        def loss(side: str, i: int, seen: dict[str, Tensor]) -> Tensor:
+            row = (data.winners if side == "winner" else data.losers)[i]
+            completion = self._score([row])
+            value = nll(completion, self.job.config.loss_reduction).sum()
+            seen[side] = completion.logp.detach()
+            name = {"winner": "chosen", "loser": "rejected"}[side]
+            tokens = len(row.prompt_ids) + len(row.completion_ids)
+            taken.tokens, taken.slots = taken.tokens + tokens, taken.slots + tokens
+            taken.add(**{f"logps/{name}": seen[side].sum() / len(indices)})
+            if side == "winner":
+                taken.add(loss=value / len(indices))
+            return value
+
+        with self.optimizer.winner():
+            for i in indices:
+                seen: dict[str, Tensor] = {}
+                winner, loser = (partial(loss, side, i, seen) for side in ("winner", "loser"))
+                rule = lambda gram, i=i, seen=seen: scaled(  # noqa: E731
+                    self.method.rule, self._weight([i], seen, taken, 1 / len(indices))
+                )(gram)
+                found.append(add_pair(self.model.parameters(), winner, loser, rule, 1 / len(indices)))
+        return found
+
+    def _weight(self, indices: list[int], logps: dict[str, Tensor], taken: Taken, share: float = 1.0) -> Tensor:
+        """The mean weight that a loss gives to pairs with these log-probabilities, shape ()."""
+        assert self.method.weight is not None
+        A, B = self._references(indices)
+        d_w, _ = weights(LOSSES[self.method.weight], pairs_of(logps["winner"], logps["loser"], A, B), beta=self.job.beta)
+        taken.add(**{"npo/weight": share * d_w.mean()})
+        return d_w.mean().double()
 
     def _collect_scheduled(self, objective: Objective, taken: Taken) -> dict[str, float]:
         """All micro-batches of the streams whose step this is; returns what the schedule goes by.
@@ -395,31 +492,68 @@ class Trainer:
             completion = self._score([examples[i] for i in micro.rows])
             yield nll(completion, self.job.config.loss_reduction).sum() / len(indices) * micro.counts
 
+    def _kto_losses(self, winners: list[int], losers: list[int], taken: Taken) -> Iterator[Tensor]:
+        """Each micro-batch's share of the KTO loss: the winners' mean and the losers', of pairs or not, with one divergence."""
+        data, beta = self.job.data, self.job.beta or EVAL_BETA
+        places = [*winners, *(len(data.winners) + i for i in losers)]
+        policy = self._logps([self.mismatched[k] for k in places])[0]
+        z_ref = (policy - self.reference["train_mismatched"][places]).mean().clamp(min=0).item()
+        taken.add(kl=torch.tensor(z_ref / self.ranks.size, device=self.device))
+        for name, rows, indices in (("chosen", data.winners, winners), ("rejected", data.losers, losers)):
+            examples = [rows[i] for i in indices]
+            for micro in self._deal(examples, taken):
+                completion = self._score([examples[i] for i in micro.rows])
+                ref = self.reference[f"train_{name}"][[indices[i] for i in micro.rows]].to(self.device)
+                wanted = torch.full((len(micro.rows),), name == "chosen", device=self.device)
+                losses = kto_unpaired(completion, ref, wanted, beta=beta, z_ref=z_ref, **self.job.loss_args)
+                share = len(micro.rows) / len(indices) * micro.counts
+                if self.probing:
+                    side = lambda pairs, wanted=wanted, ref=ref, name=name: kto_unpaired(  # noqa: E731
+                        getattr(pairs, name), ref, wanted, beta=beta, z_ref=z_ref, **self.job.loss_args
+                    )
+                    d = weights(side, Pairs(completion, completion))[name == "rejected"]
+                    taken.add(**{f"entanglement/weight_{name}": d.mean() * share})
+                rewards = beta * (completion.logp - ref).mean()
+                taken.add(**{f"logps/{name}": completion.logp.mean() * share, f"rewards/{name}": rewards * share})
+                yield losses.sum() / len(indices) * micro.counts
+
     def _pair_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
-        entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
+        options = self.job.loss_args | ({} if beta is None else {"beta": beta})
         longer = [max(data.winners[i], data.losers[i], key=lambda e: len(e.completion_ids)) for i in indices]
         for micro in self._deal(longer, taken, answers=2):
-            rows, n = [indices[i] for i in micro.rows], len(micro.rows)
-            both = self._score([data.winners[i] for i in rows] + [data.losers[i] for i in rows])
+            rows, states = [indices[i] for i in micro.rows], [] if self.sparse else None
+            both = self._score([data.winners[i] for i in rows] + [data.losers[i] for i in rows], states=states)
+            n = len(rows)
             chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
             pairs = Pairs(chosen, rejected)
-            if entry.reference:
+            if self.method.reference:
                 pairs = Pairs(chosen, rejected, *self._references(rows))
             share = n / len(indices) * micro.counts
             taken.add(**{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
-            if entry.reference and beta is not None:
+            if self.method.reference and beta is not None:
                 ratios = pairs.log_ratios()
                 taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
-            yield entry(pairs, **({} if beta is None else {"beta": beta})).sum() / len(indices) * micro.counts
+            if self.sparse is not None and states is not None:
+                losses, on = self.sparse.losses(chosen, rejected, states[0], rows, **options)
+                taken.add(**{name: value * share for name, value in on.items()})
+            else:
+                entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
+                losses = entry(pairs, **options)
+                if self.probing:
+                    found = zip(("chosen", "rejected"), weights(entry, pairs, **options))
+                    taken.add(**{f"entanglement/weight_{side}": d.mean() * share for side, d in found})
+            yield losses.sum() / len(indices) * micro.counts
 
-    def _score(self, examples: Sequence[Example], on_prompt: bool | None = None) -> Completion:
+    def _score(
+        self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[Tensor] | None = None
+    ) -> Completion:
         on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
         batch = collate(examples, self.tokenizer.pad_token_id, on_prompt)
         ids, attention = (x.to(self.device, non_blocking=True) for x in (batch.input_ids, batch.attention_mask))
-        with self.autocast:
-            return completion_logps(self.model, ids, attention, batch.loss_mask)  # the mask stays: no question to the device
+        with self.autocast:  # the loss mask stays: no question to the device
+            return completion_logps(self.model, ids, attention, batch.loss_mask, states)
 
     def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
         """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
@@ -450,9 +584,63 @@ class Trainer:
             # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
             if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
                 line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
-        return line | taken.known, int(max(flags))
+        line |= taken.known
+        return line | self._entanglement(line, report, taken.seen, taken.each), int(max(flags))
+
+    # ---- what the two gradients say ---------------------------------------------------------------------------------------
+
+    def _probes(self, step: int) -> bool:
+        every, method = self.job.probe_steps, self.method
+        both = self.job.data.paired or method.loss == "kto"
+        return bool(every and step % every == 0 and both) and not (method.two_gradients or method.per_pair or method.schedule)
+
+    def _probe(self, winners: list[int], losers: list[int]) -> AbstractContextManager[Probe]:
+        """Watch what the step does to the mean log-probabilities of its batch."""
+
+        def mean(rows: list[Example], indices: list[int]) -> Iterator[Tensor]:
+            with without_dropout(self.model):
+                for micro in chunks(indices, self.job.config.per_device_train_batch_size):
+                    yield self._score([rows[i] for i in micro]).logp.sum() / len(indices)
+
+        data = self.job.data
+        return probe(self.trained.parameters(), partial(mean, data.winners, winners), partial(mean, data.losers, losers))
+
+    def _entanglement(
+        self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
+    ) -> dict[str, float]:
+        self.tensors = report.tensors if self.method.two_gradients and "logps/rejected" in line else None
+        if self.tensors is not None:
+            return entanglement(self.tensors)  # with the weights of DPO, whatever the rule makes of the two
+        if each:
+            return probing.over_pairs(each)
+        if seen is None:
+            return {}
+        self.tensors = seen.gram
+        names = [f"entanglement/weight_{side}" for side in ("chosen", "rejected")]
+        d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(name, math.nan) for name in names)
+        found = entanglement(seen.gram, d_w, d_l)
+        if math.isnan(d_w):  # the sparse loss weighs tokens, not answers
+            found = {k: v for k, v in found.items() if "condition" not in k and "case" not in k}
+        return found | seen.metrics | self._layers()
+
+    def _layers(self) -> dict[str, float]:
+        return {} if self.tensors is None else probing.layers(self.tensors, probing.names(self.trained))
 
     # ---- what is measured on held-out rows --------------------------------------------------------------------------------
+
+    def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
+        """The scored tokens of each example, (1, T - 1), on the CPU, without gradients, in every process."""
+        found: dict[int, Completion] = {}
+        self.model.eval()  # adapters may have dropout
+        with torch.no_grad():
+            for micro in self._deal(examples):
+                scored = Completion(*(x.cpu() for x in self._score([examples[i] for i in micro.rows], on_prompt)))
+                if micro.counts:
+                    rows = zip(micro.rows, scored.logps, scored.mask, strict=True)
+                    found |= {i: Completion(logps[None], mask[None]) for i, logps, mask in rows}
+        self.model.train()
+        together = {i: completion for part in self.ranks.gather(found) for i, completion in part.items()}
+        return [together[i] for i in range(len(examples))]
 
     def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
@@ -466,6 +654,15 @@ class Trainer:
         self.model.train()
         sums, lengths = self.ranks.sum(found).cpu()
         return sums, lengths
+
+    def _token_logps(self, examples: Sequence[Example]) -> Tensor:
+        """Log-probabilities of all tokens that training scores, example after example, on the CPU, without gradients."""
+        found = []
+        with torch.no_grad(), without_dropout(self.model):
+            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
+                completion = self._score(micro)
+                found.append(completion.logps[completion.mask.bool()].cpu())
+        return torch.cat(found)
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
@@ -500,9 +697,13 @@ class Trainer:
 
     def _reference_logps(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        if self.method.schedule or (self.method.pairwise and LOSSES[self.method.loss].reference):
+        if self.method.reference:
             found["train_chosen"] = self._logps(self.job.data.winners)[0]
             found["train_rejected"] = self._logps(self.job.data.losers)[0]
+        if self.method.loss == "kto":
+            found["train_mismatched"] = self._logps(self.mismatched)[0]
+        if self.sparse is not None:
+            found["train_tokens"] = self._token_logps([*self.job.data.winners, *self.job.data.losers])
         if self.job.held_out is not None:
             found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
             found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
@@ -518,13 +719,16 @@ class Trainer:
         held_out = self.job.held_out
         if held_out is None:
             return line
-        (a, n_w), (b, n_l) = self._logps(held_out.winners), self._logps(held_out.losers)
+        scores = [self._scores(side) for side in (held_out.winners, held_out.losers)]
+        (a, n_w), (b, n_l) = map(sums_of, scores)
         line |= {"eval_logps/chosen": a.mean().item(), "eval_logps/rejected": b.mean().item()}
         line |= {"eval_logps_mean/chosen": (a / n_w).mean().item(), "eval_logps_mean/rejected": (b / n_l).mean().item()}
         A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
         if held_out.paired:
             line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
             line["eval_dpo_loss"] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
+            if (mass := unseen_mass(held_out, *scores)) is not None:
+                line["eval_unseen_mass"] = mass
         return line
 
     def _objectives(self) -> dict[str, float]:
@@ -548,6 +752,11 @@ class Trainer:
         return self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
 
     def _log(self, line: dict[str, float]) -> None:
+        known = set(self.watch.warnings)
+        line = line | self.watch.read(line)
+        for kind in set(self.watch.warnings) - known:
+            if self.ranks.first:
+                tqdm.write(f"{self.job.label}, {self.watch.warnings[kind]}")
         if self.ranks.first:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -562,7 +771,7 @@ class Trainer:
         progress.metrics_bytes = self.metrics.stat().st_size if self.ranks.first else 0
         if self.objective is not None:
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
-        checkpoints.save(self.job.directory / "checkpoint", progress, self.model, self.optimizer, self.scheduler, self.ranks)
+        checkpoints.save(self.job.directory / "checkpoint", progress, self.trained, self.optimizer, self.scheduler, self.ranks)
 
     def _export(self, epoch: int, line: dict[str, float]) -> None:
         figures = {k: v for k, v in line.items() if k.startswith("eval_")}
@@ -570,10 +779,27 @@ class Trainer:
         export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card, self.ranks)
 
 
+def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The learning rate of a run of so many steps. Raises ValueError for arguments that its schedule does not take."""
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, config.warmup(steps), steps, dict(config.lr_scheduler_kwargs) or None
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs} for lr_scheduler_type {config.lr_scheduler_type}: {error}"
+        ) from error
+
+
 def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
     """The DPO loss of pairs, (N,), from log-probabilities of their answers, (N,) each; A and B are the reference's."""
+    return dpo(pairs_of(a, b, A, B), beta=beta)
+
+
+def pairs_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Pairs:
+    """Pairs of which the answers' log-probabilities, (N,) each, are all that is known."""
     one = torch.ones(len(a), 1, device=a.device)
-    return dpo(Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B), beta=beta)
+    return Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B)
 
 
 def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:
@@ -584,3 +810,8 @@ def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tenso
         "rewards/margins": beta * (chosen - rejected).mean(),
         "rewards/accuracies": (chosen > rejected).float().mean(),
     }
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Consecutive parts of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -210,6 +210,15 @@ def cpo(pairs: Pairs, *, beta: float = 0.1, cpo_alpha: float = 1.0, nll_reductio
     return -logsigmoid(beta * (pairs.chosen.logp - pairs.rejected.logp)) + cpo_alpha * nll(pairs.chosen, nll_reduction)
 
 
+def bradley_terry(pairs: Pairs) -> Tensor:
+    """-log sigmoid(r_w - r_l), (B,): the loss of a reward model, whose rewards stand where log-probabilities do elsewhere.
+
+    Its gradients with respect to the two rewards are opposite and equal, whatever the rewards are: no 3D-properties (3D,
+    section 4). Bradley and Terry 1952; Ouyang et al. 2022, eq. 1.
+    """
+    return -logsigmoid(pairs.chosen.logp - pairs.rejected.logp)
+
+
 def rrhf(pairs: Pairs, *, nll_weight: float = 1.0, nll_reduction: Reduction = "sum") -> Tensor:
     """RRHF of two answers, max(0, b/n_l - a/n_w) + nll_weight NLL(chosen), (B,). Yuan et al. 2023; GE Table 2.
 
@@ -331,6 +340,7 @@ LOSSES: dict[str, Entry] = {
     "kto": Entry(kto, reference=True),
     "simpo": Entry(simpo, reference=False),
     "cpo": Entry(cpo, reference=False),
+    "bradley_terry": Entry(bradley_terry, reference=False),
     "rrhf": Entry(rrhf, reference=False),
     "slic_hf": Entry(slic_hf, reference=False),
     "orpo": Entry(orpo, reference=False),

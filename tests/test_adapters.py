@@ -204,7 +204,8 @@ def test_a_model_that_knows_nothing_has_its_supervised_stage_whole(tok, tmp_path
     words = ["--model.lora.r", "2", "--study.output_dir", str(tmp_path / "out")]
     for given in ("null", str(tmp_path / "given")):
         config = parse([*words, "--model.model_name_or_path", given])
-        config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, data=DataConfig(train=["x"])))
+        model = dataclasses.replace(config.model, architecture=small.ARCHITECTURE)
+        config = dataclasses.replace(config, model=model, sft=dataclasses.replace(config.sft, data=DataConfig(train=["x"])))
         monkeypatch.setattr("harness.stages.record", lambda *args: None)
         SeedStudy(config, 0).supervised()
     assert [bare(model) is model for model in seen] == [True, False]

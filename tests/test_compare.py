@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from harness.compare import main, short_name, subjects
+from harness.compare import main, subjects
+from harness.runs import short_name
 
 # The paper's benchmarks at their real sizes, with plausible accuracies of a 7B model (chance).
 SIZES = {
@@ -135,6 +136,11 @@ def test_words_stand_for_runs_models_and_files(models, tmp_path):
         with pytest.raises(ValueError, match="is no Hugging Face folder"):
             subjects(wrong)
     sft = str(models / "sft.json")
-    for words, message in [([sft], "found 1 models"), ([sft, sft], "sft is named twice"), ([], "found 0 models")]:
+    for words, message in [
+        ([sft], "found 1 models"),
+        ([sft, sft, "--dry_run"], "has no --dry_run"),
+        ([sft, sft], "sft is named twice"),
+        ([], "found 0 models"),
+    ]:
         with pytest.raises(ValueError, match=message):
             main([*words, "--study.output_dir", str(tmp_path)])

@@ -68,6 +68,7 @@ BY_HAND = [
     ("simpo", dict(beta=2.0, simpo_gamma=0.5), softplus(0.5 + 0.5)),
     ("cpo", dict(beta=0.5), softplus(-1.0) + 3),
     ("cpo", dict(beta=0.5, cpo_alpha=2.0, nll_reduction="mean"), softplus(-1.0) + 3),
+    ("bradley_terry", {}, softplus(-2.0)),
     ("rrhf", dict(nll_weight=0.5), 0.25 + 1.5),
     ("rrhf", dict(nll_reduction="mean"), 0.25 + 1.5),
     ("slic_hf", dict(delta=1.0), 0.3),
@@ -111,6 +112,7 @@ def same(x):
 
 # Hyper-parameters and (d_w, d_l) as a function of `Numbers`.
 CLOSED = {
+    "bradley_terry": ({}, lambda v: same(sigmoid(v.b - v.a))),
     "dpo": (dict(beta=0.3), lambda v: same(0.3 * sigmoid(-0.3 * v.d))),
     "cdpo": (dict(beta=0.3, label_smoothing=0.2), lambda v: same(0.3 * (sigmoid(-0.3 * v.d) - 0.2))),
     "robust_dpo": (dict(beta=0.3, label_smoothing=0.2), lambda v: same(0.3 * (sigmoid(-0.3 * v.d) + 0.2 / 0.6))),

@@ -93,12 +93,12 @@ def test_other_settings_are_refused_by_name(study):
 def test_more_methods_join_a_finished_study(study):
     folder, _ = study
     more = ["--preference.beta", "0.1,0.5", "--joint.lambdas", "0.3", "--methods", "sft,dpo,ogd,ogd_metric,maxright"]
-    code, out, err = finish(start(folder, *more, "--preference.evaluate_every", "2", "--preference.sft_batch_size", "32"))
+    code, out, err = finish(start(folder, *more, "--joint.evaluate_every", "2", "--joint.train_batch_size", "32"))
     assert code == 0 and "evaluating dpo_beta0.5" in out and "evaluating ogd," not in out, err
     report = (folder / "report.md").read_text()
     assert "evaluating ogd_metric, epoch 2" in out and "OGD (own metric)" in report
-    assert "evaluating maxright_lambda0.3_every10, epoch 2" in out and "MAXRIGHT λ=0.3 k=10" in report
-    metrics = folder / "seed-0" / "maxright_lambda0.3_every10" / "metrics.jsonl"
+    assert "evaluating maxright_lambda0.3_every2, epoch 2" in out and "MAXRIGHT λ=0.3 k=2" in report
+    metrics = folder / "seed-0" / "maxright_lambda0.3_every2" / "metrics.jsonl"
     found = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert len(found) == 9 and found[0]["eval_loss"] > 0 and "eval_dpo_loss" in found[-1]
     both = [line["step"] for line in found[1:] if {"objective/preference", "objective/sft"} <= line.keys()]

@@ -132,7 +132,7 @@ def test_the_descent_of_one_step_is_the_update_rule():
 def test_the_study_holds_its_claims_and_writes_what_its_page_names(tmp_path):
     """From the command line and from any folder, as a user starts it."""
     words = [sys.executable, str(ROOT / "harness/run.py"), "study", "tradeoff", "--output_dir", "out"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "Sequential λ=0.9" in done.stdout and "MAXRIGHT" in done.stdout
     page = (tmp_path / "out/study.md").read_text(encoding="utf-8")
@@ -140,7 +140,11 @@ def test_the_study_holds_its_claims_and_writes_what_its_page_names(tmp_path):
     for name in re.findall(r"\]\((\w+\.svg)\)", page):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     record = json.loads((tmp_path / "out/study.json").read_text())
-    assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 5
+    # That seldom evaluations take more supervised steps is the paper's, and depends on the seed here.
+    assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 7 + ["does not hold"]
+    cells = {(cell["every"], cell["rate"]): cell["runs"] for cell in record["numbers"]["noisy"]["cells"]}
+    assert list(cells) == [(1, 0.5), (10, 0.5), (100, 0.5), (1000, 0.5), (1, 0.05), (1000, 0.05)]
+    assert all(0.2 < run["distance"] < 0.6 for run in cells[1, 0.5] + cells[10, 0.5])
     ends = record["numbers"]["plane"]["ends"]
     assert ends["Sequential"]["steps"] == 15_423 and ends["Sequential"]["distance"] > 10 * ends["ALRIGHT"]["distance"]
     assert len(record["numbers"]["plane"]["alternating_distances"]) == 5 and len(record["numbers"]["line"]) == 18

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.claims import Claim, Findings, Picture
-from harness.tables import Table, number, tiny
+from harness.tables import Table, number, spread, tiny
 from ogdopt import AlternatingObjective, MaxGapObjective, SequentialObjective
 from ogdopt.objectives import OneAtATime
 
@@ -265,6 +266,90 @@ def draw_gaps(found: Sequence[Results]) -> Figure:
     return figure
 
 
+# ---- figure 4: evaluating seldom, with noise ---------------------------------------------------------------------------------
+
+NOISY = {"dimensions": 8, "pairs": 64, "cosine": -0.6, "noise": 0.4, "batch": 4, "steps": 4000, "measured": 1500}
+EVALUATE_EVERY = (1, 10, 100, 1000)
+NOISY_RATES = (0.5, 0.05)
+
+
+def noisy(every: int, rate: float, seed: int) -> dict[str, float]:
+    """MAXRIGHT on batches of two conflicting sets of pairs: where it stays, how much it swings, whose its steps are.
+
+    A pair's loss is `log(1 + exp(-z theta))`, z around one mean direction for each objective. Returned are the mean ideal
+    distance over the last steps, the standard deviation of f_DPO over them, and the share of supervised steps.
+    """
+    rng = np.random.default_rng(seed)
+    u, w = np.linalg.qr(rng.normal(size=(NOISY["dimensions"], 2)))[0].T
+    v = NOISY["cosine"] * u + math.sqrt(1 - NOISY["cosine"] ** 2) * w
+    pairs = {name: mean + NOISY["noise"] * rng.normal(size=(NOISY["pairs"], len(u))) for name, mean in ((DPO, u), (SFT, v))}
+    rows = rng.integers(NOISY["pairs"], size=(NOISY["steps"], 2, NOISY["batch"]))
+    objective = MaxGapObjective(HALVES, optima=OPTIMA, evaluate_every=every)
+    theta, shares, path = -3 * u, 0, []
+    for t in range(NOISY["steps"]):
+        batches = {name: pairs[name][rows[t, i]] for i, name in enumerate((DPO, SFT))}
+        closures = {name: partial(mean_loss, z, theta) for name, z in batches.items()}
+        name = objective.choose(closures)
+        objective.observe(name, closures[name]())
+        z = batches[name]
+        theta = theta + rate * (z / (1 + np.exp(z @ theta))[:, None]).mean(0)
+        shares += name == SFT
+        if t >= NOISY["steps"] - NOISY["measured"]:
+            path.append([mean_loss(z, theta) for z in pairs.values()])
+    losses = np.array(path)
+    distance = float(np.linalg.norm(losses, axis=1).mean())
+    return {"distance": distance, "swing": float(losses[:, 0].std()), "sft_share": shares / NOISY["steps"]}
+
+
+def mean_loss(z: np.ndarray, theta: np.ndarray) -> float:
+    """Mean of `log(1 + exp(-z theta))` over pairs z, (N, d)."""
+    return float(np.logaddexp(0.0, -z @ theta).mean())
+
+
+def evaluations(seeds: Sequence[int]) -> list[Results]:
+    """`noisy` for every number of steps between evaluations and both step sizes, on the same seeds."""
+    return [
+        {"every": every, "rate": rate, "runs": [noisy(every, rate, seed) for seed in seeds]}
+        for rate in NOISY_RATES
+        for every in EVALUATE_EVERY
+        if rate == NOISY_RATES[0] or every in (EVALUATE_EVERY[0], EVALUATE_EVERY[-1])
+    ]
+
+
+def evaluation_table(found: Sequence[Results]) -> Table:
+    """Distance, swing and shares by steps between evaluations."""
+    rows = []
+    for cell in found:
+        columns = {key: [run[key] for run in cell["runs"]] for key in ("distance", "swing", "sft_share")}
+        rows.append([f"k={cell['every']}, step size {cell['rate']:g}", *(spread(values, 3) for values in columns.values())])
+    note = (
+        "MAXRIGHT on noisy batches; means over the seeds, in brackets the lowest and highest. k: steps between evaluations of "
+        "both losses. Distance: mean over the last steps. Swing: standard deviation of f_DPO over them. Share: of supervised "
+        "steps. Look for seldom evaluations that swing and stay away with large steps, and for how little it "
+        "matters with small ones."
+    )
+    return Table(
+        "Noisy batches: how often both losses are evaluated", ["MAXRIGHT", "distance", "swing", "SFT share"], rows, note
+    )
+
+
+def evaluation_claims(found: Sequence[Results]) -> list[Claim]:
+    """What figure 4 shows of large steps between evaluations."""
+    often, *_, seldom = (cell["runs"] for cell in found if cell["rate"] == NOISY_RATES[0])
+    farther = [b["distance"] / a["distance"] for a, b in zip(often, seldom)]
+    swings = [b["swing"] / a["swing"] for a, b in zip(often, seldom)]
+    more = [b["sft_share"] - a["sft_share"] for a, b in zip(often, seldom)]
+    words = f"k = {EVALUATE_EVERY[-1]} against {EVALUATE_EVERY[0]}, large steps"
+    return [
+        Claim(f"Evaluating seldom ends farther from the ideal point ({words}): ratio of distances", "farther (figure 4)",
+              farther, [x > 1 for x in farther]),
+        Claim(f"Evaluating seldom makes the losses swing ({words}): ratio of swings", "oscillates (figure 4)",
+              swings, [x > 1 for x in swings]),
+        Claim(f"Evaluating seldom takes more supervised steps ({words}): difference of shares", "excess SFT updates (figure 4)",
+              more, [x > 0 for x in more]),
+    ]  # fmt: skip
+
+
 # ---- the study -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +357,10 @@ SEEDS = (0, 1, 2, 3, 4)
 
 
 def study(seeds: Sequence[int] = SEEDS) -> Findings:
-    """Both toys; Sequential and MAXRIGHT toss no coins, so a seed is one of ALRIGHT's.
+    """All three toys; Sequential and MAXRIGHT toss no coins, so a seed is one of ALRIGHT's.
 
     Args:
-        seeds: Seeds of ALRIGHT's coin.
+        seeds: Seeds of ALRIGHT's coin, and of the noisy batches.
     """
     losses = plane()
     paths = trajectories(losses, seed=seeds[0])
@@ -286,12 +371,13 @@ def study(seeds: Sequence[int] = SEEDS) -> Findings:
     ]
     distances = [ends["ALRIGHT"]["distance"], *(summary(losses, path)["distance"] for path in others)]
     found = gaps(seeds=seeds)
+    evaluated = evaluations(seeds)
     places = {"start": START.tolist(), "reference": losses[DPO].origin.tolist()}
     settings = places | {"rate": RATE, "decay": DECAY, "enough": ENOUGH}
     return Findings(
         seeds,
-        [*plane_claims(ends, distances), *gap_claims(found)],
-        [plane_table(ends, distances), gap_table(found)],
+        [*plane_claims(ends, distances), *gap_claims(found), *evaluation_claims(evaluated)],
+        [plane_table(ends, distances), gap_table(found), evaluation_table(evaluated)],
         [
             Picture(
                 "trajectories",
@@ -301,7 +387,11 @@ def study(seeds: Sequence[int] = SEEDS) -> Findings:
             Picture("gaps", "Look for lines that rise (Sequential) and fall (ALRIGHT).", draw_gaps(found)),
         ],
         ["Constructed instances: the features of the paper are not published."],
-        {"plane": {"settings": settings, "ends": ends, "alternating_distances": distances}, "line": found},
+        {
+            "plane": {"settings": settings, "ends": ends, "alternating_distances": distances},
+            "line": found,
+            "noisy": {"settings": NOISY, "cells": evaluated},
+        },
     )
 
 

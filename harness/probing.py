@@ -1,0 +1,28 @@
+"""What a step's two gradients say of both log-probabilities, as entries of a metrics line."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from torch import nn
+
+from ogdopt.diagnostics import by_layer, entanglement
+from ogdopt.gram import Gram
+
+
+def names(model: nn.Module) -> list[str]:
+    """Names of the trained parameters, in the order of the optimizer's."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def layers(tensors: Gram, names: Sequence[str]) -> dict[str, float]:
+    """`entanglement/layer/<layer>`: the cosine of the two gradients in each layer."""
+    return {f"entanglement/layer/{layer}": cosine for layer, cosine in by_layer(tensors, names).items()}
+
+
+def over_pairs(numbers: Sequence[Gram]) -> dict[str, float]:
+    """The mean over pairs of what each pair's two gradients say (of conditions: their share), and the most frequent case."""
+    each = [entanglement(gram) for gram in numbers]
+    mean = {key: statistics.fmean(found[key] for found in each) for key in each[0]}
+    return mean | {"entanglement/case": statistics.mode(found["entanglement/case"] for found in each)}
