@@ -16,9 +16,10 @@ from transformers import AutoModelForSequenceClassification
 from harness.config import ModelConfig
 from harness.data import Example, collate
 from harness.measures import sums_of
+from harness.measuring import rewards_of
 from harness.model import attention_of
 from harness.progress import Speed, Taken
-from harness.train import Trainer, rewards_of
+from harness.train import Trainer
 from ogdopt.losses import Completion
 
 

@@ -21,13 +21,14 @@ from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Example, Preferences, load_preferences, load_sft, texts
 from harness.files import replaced, write_json, write_text
 from harness.guard import digest_of, local_files, same_files, same_rows
+from harness.jobs import Job
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.ranks import ALONE, Ranks
 from harness.reward import RewardTrainer, load_reward_model
-from harness.train import Job, train
+from harness.train import train
 from harness.world import make_world
 from ogdopt.three_d import Thresholds
 

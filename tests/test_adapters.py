@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from harness.adapters import adapted, bare, merged
 from harness.config import DataConfig, LoraConfig, parse
 from harness.data import collate
+from harness.jobs import Job
 from harness.joint import Joint
 from harness.methods import METHODS
 from harness.model import completion_logps, export, prepare
+from harness.progress import Stopped
 from harness.stages import SeedStudy
-from harness.train import Job, Stopped, Trainer, train
+from harness.train import Trainer, train
 from tests import small
 
 peft = pytest.importorskip("peft")

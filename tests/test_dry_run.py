@@ -10,10 +10,11 @@ import yaml
 from harness import dry_run, run
 from harness.config import LoraConfig, ModelConfig, StageConfig, command
 from harness.data import Example
+from harness.jobs import Job
 from harness.memory import Load, copies, lora_of, parts, precision_warning, shape_of, trained_parameters, unmoved
 from harness.model import architecture, build_model, completion_logps, load_model, prepare
 from harness.preview import CLOSE, OPEN, histogram, marked
-from harness.train import Job, Trainer
+from harness.train import Trainer
 from tests import small
 
 GIB = 2**30
@@ -58,7 +59,7 @@ def test_mistral_7b(mistral):
     states = sum(found[name] for name in ("weights", "gradient", "gradient that waits", "optimizer state"))
     assert states / GIB == pytest.approx(108, abs=0.1)
     assert found["activations"] / GIB == pytest.approx(1.64, abs=0.01)
-    assert found["logits"] / GIB == pytest.approx(1.75, abs=0.01)
+    assert found["logits"] / GIB == pytest.approx(0.44, abs=0.01)  # a chunk of 1,024 tokens
 
 
 @pytest.mark.parametrize(

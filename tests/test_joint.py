@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 from harness.config import Config, JointConfig, PreferenceConfig
 from harness.data import Preferences, collate, order
+from harness.jobs import Job
 from harness.meter import Meter
 from harness.methods import runs
 from harness.model import completion_logps, prepare
 from harness.stages import SeedStudy
-from harness.train import Job, Trainer, train
+from harness.train import Trainer, train
 from ogdopt.losses import Pairs, dpo
 from tests import small
 from tests.test_train import JOINT, job, lines, run

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from harness.data import Preferences, collate
+from harness.jobs import Job, Plan
 from harness.joint import Joint
 from harness.methods import METHODS, runs
 from harness.model import completion_logps, prepare
-from harness.train import Job, Plan, Stopped, Trainer, train
+from harness.progress import Stopped
+from harness.train import Trainer, train
 from ogdopt.losses import LOSSES, Pairs
 from tests import small
 from tests.gradients import reference

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from harness.config import LoraConfig, SparseConfig, parse
 from harness.data import Example, Preferences, collate, mismatched
+from harness.jobs import Job
 from harness.methods import METHODS, check_loss_args
 from harness.model import completion_logps, prepare
-from harness.train import Job, Trainer, train
+from harness.train import Trainer, train
 from ogdopt.diagnostics import entanglement, weights
 from ogdopt.gram import gram
 from ogdopt.losses import LOSSES, Pairs, dpo, kto_unpaired, simpo, sparse
@@ -141,8 +143,8 @@ def test_sparse_prunes_tokens_and_still_learns(tok, tmp_path):
     assert lines[1]["sparse/w_chosen"] == pytest.approx(0.5) and lines[-1]["sparse/w_chosen"] < 0.25
     assert min(line["sparse/on_rejected"] for line in lines[1:]) < 1.0
     assert lines[-1]["eval_rewards/margins"] > 0
-    saved = load_file(sorted((tmp_path / "checkpoint").iterdir())[-1] / "model.safetensors")
-    assert {"1.head.weight", "1.head.bias"} <= set(saved)
+    saved = FileSystemReader(sorted((tmp_path / "checkpoint").iterdir())[-1]).read_metadata().state_dict_metadata
+    assert {"model.1.head.weight", "model.1.head.bias"} <= set(saved)
     assert "head.weight" not in load_file(tmp_path / "model" / "epoch-10" / "model.safetensors")
 
 

@@ -19,10 +19,11 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from harness.config import LoraConfig
+from harness.jobs import Job
 from harness.model import prepare
 from harness.progress import Speed, Stopped
 from harness.ranks import ALONE, FailedElsewhere, join
-from harness.train import Job, Trainer
+from harness.train import Trainer
 from tests import small
 from tests.test_train import job
 from tests.workers.two_gradients import Watch
