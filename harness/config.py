@@ -96,6 +96,8 @@ class ModelConfig:
     """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
     tokenizer_name_or_path: str | None = "mistralai/Mistral-7B-Instruct-v0.3"
     """Hub id or folder of the tokenizer with its chat template; null trains one on the study's own text."""
+    chat_template: str | None = None
+    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
     tokenizer_type: Literal["bpe", "word"] = "bpe"
     """Kind of tokenizer that is trained when `tokenizer_name_or_path` is null."""
     vocab_size: int = 4096
@@ -146,7 +148,9 @@ class StageConfig:
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the torch.optim class."""
     learning_rate: float = 1e-6
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: int = 150
     """Steps of linear warm-up; used when `warmup_ratio` is null."""
     warmup_ratio: float | None = None
@@ -169,6 +173,8 @@ class StageConfig:
     """Measure held-out pairs every so many steps; null: ten times an epoch. Step 0 and every epoch's end always."""
     save_steps: int | None = None
     """Also save a checkpoint every so many steps; every epoch's end always."""
+    export: Literal["all", "last"] = "all"
+    """Which models are written as Hugging Face folders: that of every epoch, or the last alone."""
     logging_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -363,6 +369,10 @@ class Config:
     """CPU threads of torch; null: one a core."""
 
     def __post_init__(self) -> None:
+        if self.evals.epochs == "all" and self.preference.export == "last":
+            raise ValueError(
+                "evals.epochs is all, but preference.export is last, so that earlier epochs have no model; expected the same"
+            )
         size, micro = self.joint.train_batch_size, self.preference.per_device_train_batch_size
         if size is not None and size % micro:
             raise ValueError(

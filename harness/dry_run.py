@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, get_scheduler
+from transformers import AutoConfig
 
 from harness.config import Config, DataConfig, StageConfig
 from harness.data import Example, Kind, Part, load_preferences, load_sft, texts
@@ -31,7 +31,7 @@ from harness.preview import CLOSE, OPEN, groups, histogram, marked
 from harness.rows import Problem, rows
 from harness.stages import located
 from harness.tables import NONE, Table, size
-from harness.train import Plan
+from harness.train import Plan, schedule
 from harness.world import make_world
 
 SHOWN = 2  # rows shown of each data set
@@ -143,7 +143,7 @@ class DryRun:
         """The study's tokenizer, loaded, or trained as the study would train it."""
         model = self.config.model
         if model.tokenizer_name_or_path is not None:
-            return load_tokenizer(model.tokenizer_name_or_path)
+            return load_tokenizer(model.tokenizer_name_or_path, model.chat_template)
         found = (t for kind, _, data in self.sources() if data.train for t in texts(data, "train", kind))
         return train_tokenizer(found, model, self.scratch / "tokenizer")
 
@@ -317,12 +317,14 @@ class DryRun:
             state = number * self.trained[kind] * (1 + copies(stage)) if self.shape else None
             each = f" of {size(one)}" if one else ""
             for run in ["supervised"] if kind == "sft" else [spec.name for spec in self.specs]:
+                kept = stage.num_train_epochs if stage.export == "all" else 1
+                models = f"epoch-1 to {stage.num_train_epochs}" if kept > 1 else f"epoch-{stage.num_train_epochs}"
                 self.say(
-                    f"{home}/seed-K/{run}/: config.yaml, metrics.jsonl, model/epoch-1 to {stage.num_train_epochs}{each}, "
+                    f"{home}/seed-K/{run}/: config.yaml, metrics.jsonl, model/{models}{each}, "
                     f"checkpoint/ (the last two{f', of {size(state)}' if state else ''}), complete.json"
                 )
                 if one is not None and state is not None:
-                    total += len(config.study.seeds) * (one * stage.num_train_epochs + 2 * state)
+                    total += len(config.study.seeds) * (one * kept + 2 * state)
                     largest = max(largest, state)
         report = ", report.html, report.md, results.json" if config.evals.tasks or config.evals.lm_eval_tasks else ""
         self.say(f"{home}/: config.yaml{report}")
@@ -352,7 +354,7 @@ def out_of_reach(error: BaseException | None) -> bool:
 def rates(stage: StageConfig, steps: int) -> list[tuple[int, float]]:
     """(step, learning rate) at the first step, behind the warm-up, in the middle and at the last, as runs have it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
-    scheduler = get_scheduler(stage.lr_scheduler_type, optimizer, stage.warmup(steps), steps)
+    scheduler = schedule(stage, optimizer, steps)
     shown = sorted({1, min(stage.warmup(steps) + 1, steps), steps // 2 + 1, steps})
     found = []
     for step in range(1, steps + 1):

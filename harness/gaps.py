@@ -12,12 +12,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from harness.figures import Curve, Curves, Look, Panel, looks
-from harness.runs import Run, SeedRuns, Study
-from harness.tables import Table, listing, number, spread
+from harness.figures import Curve, Curves, Look, Panel, draw, looks
+from harness.files import write_json, write_text
+from harness.runs import Run, SeedRuns, Study, read_study
+from harness.tables import Table, listing, markdown_text, number, spread
 
 STREAMS = {"preference": "f_DPO", "sft": "f_SFT"}
 BASELINE = "sequential"
@@ -218,6 +220,27 @@ def _evaluated(joint: Joint) -> Iterator[str]:
             cost = f" for {number(statistics.median(times))}x of its CPU time" if times and one is not first else ""
             cells.append(f"k={one.run.evaluate_every} {number(one.mean(lambda end: end.distance), 3)}{cost}")
         yield f"{name}, ideal distance by steps between evaluations: {listing(cells)}."
+
+
+def write_gaps(directory: str | Path, suffix: str = ".svg") -> Joint | None:
+    """Write gaps.md, gaps.json and figures/ of a study whose models were not evaluated; None without joint runs.
+
+    Raises ValueError like `read_study`.
+    """
+    study = read_study(directory, evaluated=False)
+    joint = joint_runs(study)
+    if joint is None:
+        return None
+    drawings = draw(study.directory / "figures", *drawn(joint), suffix)
+    table = gap_table(joint).without_empty_columns()
+    parts = [f"# {markdown_text(study.directory.name)}: {TITLE[0].lower()}{TITLE[1:]}"]
+    parts.append("\n".join(f"- {markdown_text(sentence)}" for sentence in sentences(joint)))
+    parts += ["\n".join(f"- left out: {markdown_text(line)}" for line in study.incomplete), table.markdown(), table.note]
+    for drawing in drawings:
+        parts += [f"## {drawing.title}", f"![{drawing.title}](figures/{drawing.file.name})", drawing.caption]
+    write_text(study.directory / "gaps.md", "\n\n".join(filter(None, parts)) + "\n")
+    write_json(study.directory / "gaps.json", numbers(joint))
+    return joint
 
 
 def numbers(joint: Joint) -> dict[str, dict[str, list[float | None]]]:

@@ -69,8 +69,11 @@ def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> 
     return tokenizer
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or the hub. Raises ValueError if it cannot be had or lacks an end token."""
+def load_tokenizer(name_or_path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or the hub, with `chat_template` instead of its own if there is one.
+
+    Raises ValueError if it cannot be had or lacks an end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), mistral_format=False)
     except (OSError, ValueError) as error:
@@ -84,6 +87,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 

@@ -100,6 +100,15 @@ def print_table(report: Report, console: Console | None = None) -> None:
     console.print(Text(f"Report: {report.path}", style="bold"), soft_wrap=True)
 
 
+def print_gaps(joint: Joint, page: Path, console: Console | None = None) -> None:
+    """Print what joint runs reached, for a study that has nothing else to report, and where its page lies."""
+    console = console or Console()
+    console.print(gap_table(joint).without_empty_columns().terminal())
+    for sentence in sentences(joint):
+        console.print(Text(f"• {sentence}"))
+    console.print(Text(f"Page: {page}", style="bold"), soft_wrap=True)
+
+
 def _short_table(found: Comparison) -> Table:
     """The comparison in 80 columns: preference learning at the best epoch, TAX there and at matched preference learning."""
     rows = []

@@ -67,8 +67,9 @@ def run(config: Config) -> None:
     """All seeds of a study, then its report."""
     import transformers  # seconds, which other commands need not wait for
 
+    from harness.gaps import write_gaps
     from harness.methods import METHODS
-    from harness.report import print_table, write_report
+    from harness.report import print_gaps, print_table, write_report
     from harness.stages import SeedStudy, record
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -88,6 +89,8 @@ def run(config: Config) -> None:
         print_table(write_report(config.study.directory, config.report))
     else:
         print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+        if (joint := write_gaps(config.study.directory)) is not None:
+            print_gaps(joint, config.study.directory / "gaps.md")
 
 
 if __name__ == "__main__":

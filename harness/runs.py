@@ -143,7 +143,7 @@ class SeedRuns:
     """One repetition of the study: the supervised model's evaluation and the finished preference runs."""
 
     seed: int
-    reference: Path
+    reference: Path  # the folder of the supervised stage, where nothing was evaluated
     supervised: dict[str, Any]  # its complete.json; empty without supervised training
     runs: dict[str, Run]
     optima: dict[str, float] | None = None  # least value of each objective of the joint runs
@@ -172,8 +172,11 @@ class Study:
         return {run.name: run for run in sorted(found.values(), key=order)}
 
 
-def read_study(directory: str | Path) -> Study:
-    """Read `runs/<study>`. Raises ValueError where there is nothing to report on, or a file is not what it should be."""
+def read_study(directory: str | Path, evaluated: bool = True) -> Study:
+    """Read `runs/<study>`, runs that are finished and (unless `evaluated` is False) whose models were evaluated.
+
+    Raises ValueError where there is nothing to report on, or a file is not what it should be.
+    """
     directory = Path(directory)
     folders = sorted((d for d in directory.glob("seed-*") if d.is_dir() and NUMBERED.fullmatch(d.name)), key=_number)
     if not folders:
@@ -182,7 +185,10 @@ def read_study(directory: str | Path) -> Study:
         )
     incomplete: list[str] = []
     config = _yaml(directory / "config.yaml")
-    seeds = [seed for folder in folders if (seed := _read_seed(folder, incomplete, config.get("config") or config)) is not None]
+    settings = config.get("config") or config
+    needed = (settings.get("evals") or {}).get("epochs", "all") if evaluated else "none"
+    read = [_read_seed(folder, incomplete, settings, needed) for folder in folders]
+    seeds = [seed for seed in read if seed is not None]
     incomplete += _never_started(config, seeds, incomplete)
     if not any(seed.runs for seed in seeds):
         raise ValueError(
@@ -191,17 +197,16 @@ def read_study(directory: str | Path) -> Study:
     return Study(directory, config, [seed for seed in seeds if seed.runs], incomplete)
 
 
-def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any]) -> SeedRuns | None:
+def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any], needed: str) -> SeedRuns | None:
     runs: dict[str, Run] = {}
     rewards: dict[str, Run] = {}
-    last_alone = (config.get("evals") or {}).get("epochs") == "last"
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
         if (_yaml(path / "config.yaml").get("run") or {}).get("kind") == "reward":
             if (path / "complete.json").exists():
                 rewards[path.name] = _read_run(path)
             else:
                 incomplete.append(f"{folder.name}/{path.name}: no complete.json, training was not finished")
-        elif (reason := _unfinished(path, last_alone)) is None:
+        elif (reason := _unfinished(path, needed)) is None:
             runs[path.name] = _read_run(path)
         else:
             incomplete.append(f"{folder.name}/{path.name}: {reason}")
@@ -210,10 +215,11 @@ def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any]) -> S
     complete = _json(supervised / "complete.json") if (supervised / "complete.json").exists() else {}
     interrupted = not complete and (supervised / "metrics.jsonl").exists()
     last = int(complete.get("epochs") or 0)
-    if evaluations and not interrupted and max(evaluations) >= last:
+    if needed == "none" or (evaluations and not interrupted and max(evaluations) >= last):
         found = folder / "optima" / "optima.json"
         optima = (config.get("joint") or {}).get("optima") or (_json(found) if found.exists() else None)
-        return SeedRuns(int(_number(folder)), evaluations[max(evaluations)], complete, runs, optima, rewards)
+        reference = evaluations[max(evaluations)] if evaluations else supervised
+        return SeedRuns(int(_number(folder)), reference, complete, runs, optima, rewards)
     missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
     if runs:
         raise ValueError(
@@ -236,16 +242,18 @@ def _never_started(config: dict[str, Any], seeds: list[SeedRuns], incomplete: li
     return [f"{name}: not started" for name in missing if name not in named]
 
 
-def _unfinished(path: Path, last_alone: bool) -> str | None:
-    """Why a run cannot be reported, or None; with `last_alone` its last epoch is all that has to be evaluated."""
+def _unfinished(path: Path, needed: str) -> str | None:
+    """Why a run cannot be reported, or None; `needed` are the epochs that have to be evaluated: all, last or none."""
     if not (path / "config.yaml").exists():
         return "no config.yaml, it never started"
     if not (path / "complete.json").exists():
         return "no complete.json, training was not finished"
+    if needed == "none":
+        return None
     epochs = set(_numbered(path / "model", "epoch-*")) | set(
         range(1, int(_json(path / "complete.json").get("epochs") or 0) + 1)
     )
-    missing = sorted({max(epochs, default=1)} if last_alone else epochs)
+    missing = sorted({max(epochs, default=1)} if needed == "last" else epochs)
     missing = [epoch for epoch in missing if epoch not in _numbered(path / "evals", "epoch-*.json")]
     if missing or not epochs:
         return f"epoch {', '.join(map(str, missing)) or '1'} is not evaluated"

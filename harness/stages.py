@@ -18,7 +18,7 @@ import yaml
 
 from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
 from harness.data import Preferences, load_preferences, load_sft, texts
-from harness.files import write_json, write_text
+from harness.files import replaced, write_json, write_text
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
@@ -55,9 +55,14 @@ class SeedStudy:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
         if self.config.world is not None:
             make_world(self.config.world, self.home / "data")
-        folder = self.home / "tokenizer"
-        if self.config.model.tokenizer_name_or_path is None and not folder.is_dir():
-            train_tokenizer(self._texts(), self.config.model, folder)
+        model, folder = self.config.model, self.home / "tokenizer"
+        if folder.is_dir():
+            return
+        if model.tokenizer_name_or_path is None:
+            train_tokenizer(self._texts(), model, folder)
+        elif model.chat_template is not None:  # kept with it, for models that are evaluated as they came
+            with replaced(folder) as temporary:
+                load_tokenizer(model.tokenizer_name_or_path, model.chat_template).save_pretrained(temporary)
 
     def supervised(self) -> None:
         """Train the start of all methods, if there is supervised data, and evaluate it."""
@@ -189,7 +194,7 @@ class SeedStudy:
             self._record(folder / name, facts | {"lambda": weight}, stage, joint)
             if not (folder / name / "complete.json").is_file():
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
-                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs)
+                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
             lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
             found[name] = min(line[key] for line in lines if (key := f"eval_objective/{name}") in line)
         write_json(folder / "optima.json", found)
@@ -223,7 +228,13 @@ class SeedStudy:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of all models of this study."""
-        return load_tokenizer(self.config.model.tokenizer_name_or_path or self.home / "tokenizer")
+        return load_tokenizer(self._words, self.config.model.chat_template)
+
+    @property
+    def _words(self) -> str | Path:
+        """Where the study's tokenizer is."""
+        name = self.config.model.tokenizer_name_or_path
+        return self.home / "tokenizer" if name is None or self.config.model.chat_template is not None else name
 
     @cached_property
     def _supervised_rows(self) -> dict[str, Any]:
@@ -285,7 +296,7 @@ class SeedStudy:
         if not (evals.tasks or evals.lm_eval_tasks) or output.is_file():
             return
         print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
-        words = None if Path(model).is_dir() else self.config.model.tokenizer_name_or_path  # a base model has no template
+        words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
 

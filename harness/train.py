@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
@@ -192,8 +194,7 @@ class Trainer:
         self.trained: nn.Module = nn.ModuleList([model, self.sparse.significance]) if self.sparse else model
         """What checkpoints hold."""
         self.optimizer = self._optimizer()
-        steps = self.plan.steps
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup(steps), steps)
+        self.scheduler = schedule(config, self.optimizer, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
         self.probing = False
         """Whether the present step is looked into."""
@@ -246,7 +247,8 @@ class Trainer:
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if epoch_ends or progress.step % job.config.logging_steps == 0 or self._measured(line):
                     self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
-                if epoch_ends:
+                ended = progress.step == plan.steps or bool(progress.enough)
+                if ended or (epoch_ends and job.config.export == "all"):
                     self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
                 due = job.config.save_steps and progress.step % job.config.save_steps == 0
                 if epoch_ends or due or asked:
@@ -702,6 +704,18 @@ class Trainer:
         figures = {k: v for k, v in line.items() if k.startswith("eval_")}
         card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
         export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card)
+
+
+def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The learning rate of a run of so many steps. Raises ValueError for arguments that its schedule does not take."""
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, config.warmup(steps), steps, dict(config.lr_scheduler_kwargs) or None
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs} for lr_scheduler_type {config.lr_scheduler_type}: {error}"
+        ) from error
 
 
 def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
