@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from harness.adapters import adapted, bare, save
+from harness.adapters import bare, save, trained_parts
 from harness.config import ModelConfig
 from harness.files import replaced
 from ogdopt.losses import Completion
@@ -169,7 +169,8 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
 def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
     """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
 
-    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained.
+    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained, and with `config.train_only`
+    all other parameters are frozen. Raises ValueError where none has such a name.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -183,8 +184,7 @@ def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, s
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
-    trained: Any = model if config.lora is None else adapted(model, config.lora, seed)
-    return trained.to(device).train()
+    return trained_parts(model, config, seed).to(device).train()
 
 
 def completion_logps(
