@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.runs import Evaluation, Run, SeedRuns, Study
 from harness.tables import interval, listing, number, p_text, percent
-from harness.tax import Reduction, Tax, combine, compare, difference, reduction, unanswered
+from harness.tax import Interval, Reduction, Tax, combine, compare, difference, reduction, unanswered
 
 WAYS = ("direct", "cloze", "generate")
 ASKED = {
@@ -24,7 +24,7 @@ ASKED = {
     "generate": "asked to answer freely",
     "acc": "asked directly, scored by plain accuracy",
 }
-STYLE, ACCURACY = "style rate", "held-out preference accuracy"
+WINS, STYLE, ACCURACY = "judged win rate", "style rate", "held-out preference accuracy"  # by precedence
 EPSILON = 1e-9
 HELPS = -1e-5  # a cosine below it helps the losers; what rounds the parameters to float32 stays above
 Epochs = Mapping[str, Mapping[int, int]]  # run -> seed -> epoch
@@ -43,10 +43,12 @@ class Point:
     tax: dict[str, Tax]
     seconds: float | None  # the evaluation took
     margin: float | None = None  # held-out reward margin
+    win_rate: Interval | None = None  # of a judge, where every epoch was judged
 
     def skill(self, criterion: str | None) -> float | None:
         """Preference learning by the study's criterion."""
-        return {STYLE: self.style, ACCURACY: self.accuracy, None: None}[criterion]
+        wins = None if self.win_rate is None else self.win_rate.value
+        return {WINS: wins, STYLE: self.style, ACCURACY: self.accuracy, None: None}[criterion]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ def measure(study: Study, samples: int = 10_000, confidence: float = 0.95) -> Co
         for name, curve in found.items():
             points[name][seed.seed] = curve
     every = [p for seeds in points.values() for curve in seeds.values() for p in curve.values()]
-    criterion = next((c for c in (STYLE, ACCURACY) if all(p.skill(c) is not None for p in every)), None)
+    criterion = next((c for c in (WINS, STYLE, ACCURACY) if all(p.skill(c) is not None for p in every)), None)
     best = {name: {seed: _best_epoch(curve, criterion) for seed, curve in seeds.items()} for name, seeds in points.items()}
     levels = _levels(points, criterion)
     matched = {
@@ -190,6 +192,10 @@ def _measure_seed(
         for name, model in models.items()
         if model.settings != reference.settings
     ]
+    judges = {(str(j.get("judge")), str(j.get("baseline"))) for run in seed.runs.values() for j in run.judged.values()}
+    if len(judges) > 1:
+        said = listing([f"{judge} against {baseline}" for judge, baseline in sorted(judges)])
+        warnings.append(f"win rates are of several judges or baselines ({said}), so they cannot be compared")
     taxes: dict[str, dict[str, Tax]] = {}
     for way in reference.ways:
         skip = unanswered(reference, way)
@@ -228,6 +234,7 @@ def _point(run: Run, epoch: int, model: Evaluation, tax: dict[str, Tax]) -> Poin
         tax,
         model.seconds,
         run.at_epoch("eval_rewards/margins", epoch),
+        Interval(**wins) if (wins := run.judged.get(epoch, {}).get("win_rate")) else None,
     )
 
 
@@ -257,7 +264,7 @@ def headline(found: Comparison) -> list[str]:
     """What the numbers say, in sentences: computed, also where the answer is 'noise' or 'another method won'."""
     if not found.ways:
         return ["No TAX could be computed; see the warnings."]
-    return [*_who_won(found, found.ways[0]), *_other_ways(found), *_doubts(found)]
+    return [*_who_won(found, found.ways[0]), *_noise(found, found.ways[0]), *_other_ways(found), *_doubts(found)]
 
 
 def _setting(found: Comparison) -> str:
@@ -315,6 +322,18 @@ def _against(found: Comparison, mine: str, other: str, way: str, whom: str) -> s
         f"{text}; that is {percent(share.value)} less {interval(100 * share.low, 100 * share.high, 1)}, where a model that "
         f"forgot nothing would show {percent(share.ceiling)} on average."
     )
+
+
+def _noise(found: Comparison, way: str) -> Iterator[str]:
+    taxes = {name: t for name in found.points if (t := found.tax(name, found.best, way)) is not None}
+    silent = {name: t for name, t in taxes.items() if not t.detectable}
+    if silent:
+        nulls = [t.null_mean for t in silent.values()]
+        floor = number(sum(nulls) / len(nulls), unit="%")
+        yield (
+            f"Inside the noise floor at the best epoch: {listing([found.label(name) for name in silent])}. Two equally good "
+            f"models score {floor} there; no forgetting was detected, and no ratio to these TAX values means anything."
+        )
 
 
 def _other_ways(found: Comparison) -> Iterator[str]:

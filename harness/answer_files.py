@@ -245,7 +245,7 @@ def _answer(row: Any, where: str) -> Answer:
         if "chat_history" in row:
             roles = ("user", "assistant") * len(row["chat_history"])
             return Answer([{"role": r, "content": text} for r, text in zip(roles, row["chat_history"])], row["output"][0])
-        if "metadata" in row:
+        if isinstance(row["messages"][-1]["content"], Mapping):  # of Arena-Hard; official ones may lack the metadata
             *asked, said = row["messages"]
             return Answer(asked, said["content"]["answer"])
         return Answer(row["messages"], row["output"], row.get("finish_reason", ""))

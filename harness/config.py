@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jsonargparse
 
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "miniature.yaml"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -96,11 +97,11 @@ class ModelConfig:
     """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
     tokenizer_name_or_path: str | None = "mistralai/Mistral-7B-Instruct-v0.3"
     """Hub id or folder of the tokenizer with its chat template; null trains one on the study's own text."""
-    chat_template: str | None = None
-    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
     tokenizer_type: Literal["bpe", "word"] = "bpe"
     """Kind of tokenizer that is trained when `tokenizer_name_or_path` is null."""
     vocab_size: int = 4096
+    chat_template: str | None = None
+    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights; float32 master weights keep updates that bfloat16 would round away."""
     bf16: bool = True
@@ -350,6 +351,8 @@ class ReportConfig:
     samples: int = 10_000
     """Bootstrap draws."""
     confidence: float = 0.95
+    paper: Literal["magpie_pro", "magpie_air_gemma2"] | None = None
+    """Show the rows of the OGD paper's Table 1 for this data set beside ours."""
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,17 @@ class Endpoint:
         """Dollars, by the tokens that the server counted."""
         return (self.usage[0] * self.prices.input + self.usage[1] * self.prices.output) / 1e6
 
+    def most(self, messages: Messages) -> float:
+        """Dollars that an answer costs at most."""
+        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        return (size / BYTES * self.prices.input + self.max_tokens * self.prices.output) / 1e6
+
     def ask(self, messages: Messages) -> str:
         """The answer. Raises SpentError at the limit, RefusedError for this question alone, ValueError for lasting failure."""
         key = self.id_of(messages)
         if key in self.journal:
             return self.journal[key]["answer"]
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
-        most = (size / BYTES * self.prices.input + self.max_tokens * self.prices.output) / 1e6
+        most = self.most(messages)
         with self.lock:
             if self.limit is not None and self.spent + self.reserved + most > self.limit:
                 raise SpentError(

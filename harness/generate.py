@@ -109,6 +109,12 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     longest = int(getattr(about, "max_position_embeddings", 0) or sys.maxsize)
     work = [_templated(prompt, words, longest, config.max_new_tokens) for prompt in asked]
     journal = Journal(directory / "answers.jsonl", rank=ranks.rank())
+    for prompt in asked:
+        if prompt.id in journal and journal[prompt.id]["messages"] != prompt.messages:
+            raise ValueError(
+                f"{directory / 'answers.jsonl'} answers another prompt of the id {prompt.id!r} than {prompts} has now; choose "
+                "another --output_dir, or take that line out"
+            )
     if backend == "vllm":
         _answer(work, journal, BLOCK, _vllm(model, config), words)
     else:

@@ -55,7 +55,7 @@ class JudgeConfig:
     budget: float = 1.0
     """Dollars that may be spent: an estimate above it needs --yes, and nothing is asked that might go beyond it."""
     yes: bool = False
-    """Spend what the estimate says, also above the budget (at most half as much again)."""
+    """Spend what the estimate says, also above the budget: never more than the "at most" that it names."""
     cache: str = "runs/judge_cache.jsonl"
     """Answers of judges, so that nothing is paid twice."""
     limit: int | None = None
@@ -88,7 +88,8 @@ def main(words: Sequence[str]) -> None:
     parser = jsonargparse.ArgumentParser(prog="run.py judge", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("baseline", help="answers that the others are compared with")
     parser.add_argument("answers", nargs="+", help="answers of one or more models (or epochs) to the same prompts")
-    parser.add_class_arguments(JudgeConfig)
+    parser.add_class_arguments(JudgeConfig, skip={"yes"})
+    parser.add_argument("--yes", action="store_true", help="spend the estimate, above the budget too")
     given = parser.parse_args(list(words))
     options = {name: value for name, value in given.as_dict().items() if name in JudgeConfig.__dataclass_fields__}
     judge(Path(given.baseline), [Path(path) for path in given.answers], JudgeConfig(**options))
@@ -178,9 +179,10 @@ def _reckon(games: Sequence[Game], endpoint: Endpoint, config: JudgeConfig) -> N
     read = sum(len(message["content"]) for game in to_ask for message in game.messages) // LETTERS
     written = len(to_ask) * config.expected_tokens
     cost = (read * endpoint.prices.input + written * endpoint.prices.output) / 1e6
+    most = sum(endpoint.most(game.messages) for game in to_ask)
     estimate = (
         f"{len(to_ask)} questions to {config.judge} ({cached} more are cached): about {read:,} input and {written:,} output "
-        f"tokens, ${cost:.2f}"
+        f"tokens, ${cost:.2f} (at most ${most:.2f})"
     )
     print(estimate, flush=True)
     if cost > config.budget and not config.yes:
@@ -188,12 +190,13 @@ def _reckon(games: Sequence[Game], endpoint: Endpoint, config: JudgeConfig) -> N
             f"{estimate}, above the budget of ${config.budget:.2f}; nothing was asked. Say --yes to spend that, raise "
             "--budget, or judge fewer prompts (--limit)"
         )
-    endpoint.limit = max(config.budget, 1.5 * cost) if config.yes else config.budget
+    endpoint.limit = max(config.budget, 1.01 * most) if config.yes else config.budget
 
 
 def _play(games: Sequence[Game], endpoint: Endpoint, config: JudgeConfig, name: str) -> dict[str, dict[bool, str | None]]:
     """The verdict of each game by prompt and order; None where the judge gave none, or refused."""
     verdicts: dict[str, dict[bool, str | None]] = {}
+    refused: list[RefusedError] = []
     with ThreadPoolExecutor(config.concurrency) as pool:
         # Equal answers make one question of both orders, which is not asked twice.
         running = {endpoint.id_of(game.messages): game for game in games}
@@ -203,12 +206,15 @@ def _play(games: Sequence[Game], endpoint: Endpoint, config: JudgeConfig, name: 
             for game, future in tqdm(asked, desc=f"judging {name}", disable=not sys.stderr.isatty(), leave=False):
                 try:
                     verdict = verdict_of(future.result())
-                except RefusedError:
+                except RefusedError as error:
                     verdict = None
+                    refused.append(error)
                 verdicts.setdefault(game.key, {})[game.swapped] = verdict
         except BaseException:
             pool.shutdown(cancel_futures=True)  # what is in flight is paid for, and kept
             raise
+    if len(refused) == len(games):
+        raise ValueError(f"every question was refused, at last with: {refused[-1]}")
     return verdicts
 
 

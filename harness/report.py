@@ -25,6 +25,7 @@ from harness.claims import Finished, finished
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
 from harness.gaps import Joint, drawn, gap_table, joint_runs, numbers, sentences
+from harness.paper import beside, verdicts
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny
 from harness.tax import Tax, wilson
@@ -78,8 +79,19 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
     report = Report(
         found,
         settings,
-        [*headline(found), *(sentences(joint) if joint else ())],
-        [t.without_empty_columns() for t in (*([gap_table(joint)] if joint else ()), *tables(found))],
+        [
+            *headline(found),
+            *(verdicts(found, settings.paper) if settings.paper else ()),
+            *(sentences(joint) if joint else ()),
+        ],
+        [
+            t.without_empty_columns()
+            for t in (
+                *([beside(found, settings.paper)] if settings.paper else ()),
+                *([gap_table(joint)] if joint else ()),
+                *tables(found),
+            )
+        ],
         _figures(found, study.directory / "figures", joint=joint),
         finished(study.directory),
         joint,
@@ -139,7 +151,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _settings(study: Study) -> ReportConfig:
     config = study.config.get("config", study.config)
     known = config.get("report") or {}
-    return ReportConfig(**{key: known[key] for key in ("samples", "confidence") if key in known})
+    return ReportConfig(**{key: known[key] for key in ("samples", "confidence", "paper") if key in known})
 
 
 def tables(found: Comparison) -> Iterator[Table]:
@@ -191,7 +203,7 @@ def _confidence(found: Comparison) -> float:
 
 def _best_table(found: Comparison) -> Table:
     confidence = _confidence(found)
-    rows = [[SUPERVISED, NONE, _start_style(found, confidence), *[NONE] * 8]]
+    rows = [[SUPERVISED, NONE, _start_style(found, confidence), *[NONE] * 9]]
     for name in found.points:
         points = found.at(name, found.best)
         t = found.tax(name, found.best, "direct")
@@ -199,6 +211,7 @@ def _best_table(found: Comparison) -> Table:
             [
                 found.label(name),
                 *_learned_cells(points, confidence),
+                spread([p.win_rate and p.win_rate.value for p in points], 1, scale=100, unit="%"),
                 spread([p.chosen_change for p in points], sign=True),
                 spread([p.rejected_change for p in points], sign=True),
                 _tax_cell(t),
@@ -212,6 +225,7 @@ def _best_table(found: Comparison) -> Table:
         "best epoch",
         "style rate",
         "preference accuracy",
+        "win rate",
         "Δ log-prob chosen",
         "Δ log-prob rejected",
         "TAX",

@@ -125,6 +125,8 @@ class Run:
     """Lambda of a joint run: the weight of the preference objective."""
     evaluate_every: int | None = None
     """Steps between a joint run's evaluations of both objectives, where it has such."""
+    judged: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What `run.py judge` found, by epoch: answers/epoch-<n>/judge.json."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one logged quantity; empty lists where it was not logged."""
@@ -273,7 +275,10 @@ def _read_run(path: Path) -> Run:
     metrics = _metrics(path / "metrics.jsonl")
     joint = {"weight": what.get("lambda"), "evaluate_every": what.get("evaluate_every")}
     beta = None if beta is None else float(beta)
-    return Run(path.name, label, str(what["method"]), beta, metrics, evaluations, complete, **joint)
+    judged = {
+        n: _json(p / "judge.json") for n, p in _numbered(path / "answers", "epoch-*").items() if (p / "judge.json").exists()
+    }
+    return Run(path.name, label, str(what["method"]), beta, metrics, evaluations, complete, **joint, judged=judged)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

@@ -354,8 +354,8 @@ def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) ->
         changed = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before, plain)]
         if changed:
             raise ValueError(
-                f"{directory} was made with other settings: {'; '.join(changed)}. Choose another --study.output_dir, or delete "
-                "that folder to make it again"
+                f"{directory} was made with other settings: {'; '.join(changed)}. Choose another directory "
+                "(--study.output_dir, or --output_dir of generate), or delete that folder to make it again"
             )
         return
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}

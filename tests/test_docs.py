@@ -1,5 +1,6 @@
 """What the README and the docstrings show runs; the diff of the README is the program it claims to be."""
 
+import contextlib
 import doctest
 import importlib
 import re
@@ -66,6 +67,23 @@ def test_docstring_examples(name):
 def test_paths_named_in_the_readme_exist():
     for path in re.findall(r"`((?:harness|ogdopt|tests|benchmarks)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+HARNESS = re.compile(r"harness/run\.py(.*?)(?:  #.*)?$", re.M)
+
+
+@pytest.mark.parametrize("words", [line.split() for code in BLOCKS if code[0] == "sh" for line in HARNESS.findall(code[1])])
+def test_commands_of_the_readme_have_the_options_they_are_shown_with(words, capsys):
+    from harness.config import command
+    from harness.run import COMMANDS
+
+    name = words[0] if words and not words[0].startswith("-") else None
+    # The options of `tax` are those of a study.
+    start = command if name in (None, "tax") else importlib.import_module(COMMANDS[name]).main
+    with contextlib.suppress(SystemExit):
+        start(["--help"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in words if word.startswith("--")), words
 
 
 def test_every_file_stands_in_the_tree():

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +17,7 @@ from harness.journal import Journal
 from tests.hub import write_rows
 from tests.test_lm_evals import NEW, chat_ids, export, tiny_model, word_tokenizer
 
+ROOT = Path(__file__).parent.parent
 ARENA = Path(__file__).parents[2] / "shared" / "data" / "eval_prompts" / "arena_hard_v0.1_test.jsonl.gz"
 TALK = [
     {"role": "user", "content": "where does mila live ?"},
@@ -146,6 +149,25 @@ def test_answers_made_otherwise_are_not_mixed(model, tmp_path):
     answered(model, prompts, tmp_path / "out", batch_size=1)
     with pytest.raises(ValueError, match="max_new_tokens was 6 and is 5"):
         answered(model, prompts, tmp_path / "out", max_new_tokens=5)
+    write_rows(tmp_path / "prompts.jsonl", [ROWS["prompts"][0], {"id": 7, "prompt": "be kind"}])
+    with pytest.raises(ValueError, match="answers another prompt of the id '7'"):
+        answered(model, prompts, tmp_path / "out")
+
+
+def test_two_processes_answer_as_one_does(model, tmp_path):
+    """The command itself under torchrun."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", ROWS["arena_hard"])
+    alone = answered(model, prompts, tmp_path / "alone", format="arena_hard", name="ours")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += [str(ROOT / "harness" / "run.py"), "generate", str(model[0]), prompts, "--format=arena_hard", "--name=ours"]
+    words += ["--output_dir=two", "--max_new_tokens=6", "--batch_size=3", "--token_counter=model", "--device=cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout.count("Written:") == 1 and len(list((tmp_path / "two").glob("answers.jsonl*"))) == 2
+    both = [(tmp_path / "two" / "arena_hard" / "ours.jsonl"), alone]
+    first, second = ([{**json.loads(x), "tstamp": 0} for x in file.read_text().splitlines()] for file in both)
+    assert first == second
 
 
 def test_an_answer_has_no_more_room_than_the_model_reads(model, tmp_path, capsys):

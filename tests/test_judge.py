@@ -111,7 +111,9 @@ def test_the_cost_is_reckoned_first_and_the_limit_holds(two, tmp_path, capsys):
     base, ours = two
     with serving(prefers_good) as server:
         dear = settings(tmp_path, server, price=[1000.0, 1000.0], budget=1.0, concurrency=1, max_tokens=100)
-        with pytest.raises(ValueError, match=r"\$\d+\.\d\d, above the budget of \$1.00; nothing was asked. Say --yes"):
+        with pytest.raises(
+            ValueError, match=r"\$\d+\.\d\d \(at most \$\d+\.\d\d\), above the budget of \$1.00; nothing was asked. Say --yes"
+        ):
             judge(base, [ours], dear)
         assert not server.requests
         # The answers are longer than was reckoned: 100 tokens instead of 1.
@@ -133,15 +135,26 @@ def test_the_cost_is_reckoned_first_and_the_limit_holds(two, tmp_path, capsys):
         assert len(Journal(tmp_path / "c")) == 5
 
 
-def test_yes_spends_above_the_budget_and_what_was_paid_is_kept(two, tmp_path):
+def test_yes_spends_above_the_budget_and_no_more_than_was_said(two, tmp_path, capsys):
     base, ours = two
     with serving(prefers_good) as server:
-        options = dict(price=[1000.0, 1000.0], budget=0.5, max_tokens=100, concurrency=1)
+        dear = settings(tmp_path, server, price=[1000.0, 1000.0], budget=0.5, max_tokens=100, yes=True)
+        (found,) = judge(base, [ours], dear)
+        assert len(server.requests) == 20 and found["prompts"] == 12
+    out = capsys.readouterr().out
+    most, spent = (float(re.search(pattern, out).group(1)) for pattern in (r"at most \$([\d.]+)", r"spent: \$([\d.]+)"))
+    assert 0.5 < spent <= most
+
+
+def test_what_was_paid_before_the_limit_is_kept(two, tmp_path):
+    base, ours = two
+    with serving(prefers_good) as server:
+        options = dict(max_tokens=100, expected_tokens=1, concurrency=1)
         with pytest.raises(SpentError):  # the answers are far longer than reckoned
-            judge(base, [ours], settings(tmp_path, server, yes=True, expected_tokens=1, **options))
+            judge(base, [ours], settings(tmp_path, server, price=[1000.0, 1000.0], budget=4.0, **options))
         paid = len(server.requests)
         assert 0 < paid < 20
-        (found,) = judge(base, [ours], settings(tmp_path, server, price=[0.0, 0.0], max_tokens=100))
+        (found,) = judge(base, [ours], settings(tmp_path, server, price=[0.0, 0.0], **options))
         assert len(server.requests) == 20 and found["prompts"] == 12
 
 
@@ -156,6 +169,24 @@ def test_answers_without_a_verdict_and_refused_ones_do_not_count(two, tmp_path, 
     assert found["unparsed"] == 2 or found["unparsed"] == 3  # both orders of question 0, of which one was refused
     assert found["position_consistency"] == 0.0 and set(found["scores"].values()) == {0.5}
     assert "have no verdict and do not count" in capsys.readouterr().out
+
+
+def test_a_judge_that_refuses_everything_is_told(two, tmp_path):
+    with serving(prefers_good, ["400"] * 99) as server, pytest.raises(ValueError, match="every question was refused, at last"):
+        judge(two[0], [two[1]], settings(tmp_path, server))
+
+
+def test_official_answers_without_metadata_are_read(two, tmp_path):
+    """As those of Arena-Hard's own baseline."""
+    base, ours = two
+    rows = [{"uid": f"q{i}", "model": "m", "messages": [{"role": "user", "content": f"question {i}"}]} for i in range(12)]
+    for row in rows:
+        row["messages"].append({"role": "assistant", "content": {"answer": "good"}})
+    write_rows(tmp_path / "official.jsonl", rows)
+    with serving(prefers_good) as server:
+        (found,) = judge(tmp_path / "official.jsonl", [ours], settings(tmp_path, server))
+        (same,) = judge(base, [ours], settings(tmp_path, server))
+    assert found["scores"] == same["scores"] and len(server.requests) == 20
 
 
 def test_a_model_against_itself_is_even_whatever_the_judge_prefers(two, tmp_path):
@@ -178,7 +209,9 @@ def test_the_best_of_several_epochs_is_named(tmp_path, capsys):
     epochs = [answers(tmp_path / "ogd" / "answers", f"epoch-{n}", ["good" * n] * 3 + ["bad"] * 3) for n in (1, 2)]
     with serving(prefers_good) as server:
         words = [str(base), *map(str, epochs), "--base_url", server.url, "--cache", str(tmp_path / "c"), "--samples", "100"]
-        main([*words, "--backoff", "0.01"])
+        with pytest.raises(ValueError, match=r"above the budget of \$0.00; nothing was asked"):
+            main([*words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0"])
+        main([*words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0", "--yes"])
     out = capsys.readouterr().out
     assert "Highest win rate: ogd/epoch-2" in " ".join(out.split())
 

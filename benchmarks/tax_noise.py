@@ -1,0 +1,80 @@
+"""What TAX says of models whose truth is known, at the sizes of the paper's eight benchmarks.
+
+    python benchmarks/tax_noise.py [--repetitions 200]
+
+Outcomes are simulated: plausible accuracies of a 7B model, a share of items that the tuned model answers otherwise by chance,
+and a true loss. Printed: the mean estimate, the sign-flip null's mean, how often p < 0.05, and how often the interval holds the
+truth. For equally good models that share is what a report's "inside the noise floor" rests on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.runs import Answers, Evaluation
+from harness.tax import compare, tax
+
+SIZES = {  # items, accuracy, chance
+    "piqa": (1838, 0.82, 0.5),
+    "social_iqa": (1954, 0.53, 0.33),
+    "hellaswag": (10042, 0.81, 0.25),
+    "arc_easy": (2376, 0.80, 0.25),
+    "arc_challenge": (1172, 0.55, 0.25),
+    "mmlu": (14042, 0.58, 0.25),
+    "gsm8k": (1319, 0.40, 0.0),
+    "boolq": (3270, 0.83, 0.5),
+}
+TRUTHS = {  # share of flips, relative loss by task
+    "no change, 5% flips": (0.05, [0.0] * 8),
+    "no change, 15% flips": (0.15, [0.0] * 8),
+    "-2% on three, +1% on five": (0.05, [0.02] * 3 + [-0.01] * 5),
+    "-20% everywhere": (0.05, [0.2] * 8),
+}
+PAPER = -0.1638  # OGD on Magpie-Pro
+
+
+def answers(rng: np.random.Generator, right: np.ndarray, flips: float, loss: float) -> np.ndarray:
+    """Outcomes of a model that is right with probability p (1 - loss), where the reference is with p; `flips` disagree."""
+    p = right.mean()
+    gained = max(0.0, -loss * p, (flips - loss * p) / 2)  # shares of all items
+    lost, draw = gained + loss * p, rng.random(len(right))
+    return np.where(right, draw >= lost / p, draw < gained / (1 - p))
+
+
+def main() -> None:
+    """Simulate, and print one row a truth."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=200)
+    repetitions = parser.parse_args().repetitions
+    rng, started = np.random.default_rng(0), time.process_time()
+    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, {repetitions} repetitions")
+    print(f"{'truth':28} {'TAX':>7} {'mean':>7} {'null':>7} {'p<.05':>6} {'covered':>8} {'<= paper':>9}")
+    for name, (flips, losses) in TRUTHS.items():
+        truth = tax([1.0] * 8, [1 - loss for loss in losses])
+        found = []
+        for repetition in range(repetitions):
+            base = {task: rng.random(n) < p for task, (n, p, _) in SIZES.items()}
+            tuned = {task: answers(rng, right, flips, loss) for (task, right), loss in zip(base.items(), losses)}
+            pair = [
+                Evaluation(label, {t: {"direct": Answers(o[t], ("",) * len(o[t]), SIZES[t][2])} for t in SIZES})
+                for label, o in (("reference", base), ("tuned", tuned))
+            ]
+            found.append(compare(pair[0], {"tuned": pair[1]}, samples=2000, seed=repetition)["tuned"])
+        values = np.array([t.value for t in found])
+        rates = [np.mean([t.p_value < 0.05 for t in found]), np.mean([t.low <= truth <= t.high for t in found])]
+        null = np.mean([t.null_mean for t in found])
+        below = np.mean(values <= PAPER)
+        print(f"{name:28} {truth:7.2f} {values.mean():7.2f} {null:7.2f} {rates[0]:6.2f} {rates[1]:8.2f} {below:9.2f}")
+    print(f"{time.process_time() - started:.0f} s of CPU time")
+
+
+if __name__ == "__main__":
+    main()
