@@ -34,8 +34,9 @@ def three_d_table(found: Comparison) -> Table | None:
         "After the last step, on held-out pairs, nats a token. Log gradient ratio: how much more the gradient of a loss with "
         "equal weights, as DPO's, acts on the rejected answers' probability than on the chosen's; above 0, and growing, the "
         "rejected drop. Share on the chosen: the same as a share; towards 0, training unlearns. Chosen below peak: what they "
-        "have lost again. Unseen: growth of the probability of a next token that neither answer has where the two part. Warnings: drop, unlearning, degradation, "
-        "dispersion, with the seeds' first steps; thresholds are preference.warn_at. The sentences are in complete.json."
+        "have lost again. Unseen: growth of the probability of a next token that neither answer has where the two part. "
+        "Warnings: drop, unlearning, degradation, dispersion, with the seeds' first steps; thresholds are preference.warn_at. "
+        "The sentences are in complete.json."
     )
     return Table(TITLE, ["method", *COLUMNS, "warnings"], rows, note) if rows else None
 
