@@ -65,7 +65,7 @@ class Lab:
     """One seed's base model, trained on the statements as text, and its tasks."""
 
     def __init__(self, behaviours: Sequence[Behaviour], seed: int, folder: Path) -> None:
-        config = ModelConfig(None, ARCHITECTURE, None, "word", 2048)
+        config = ModelConfig(None, ARCHITECTURE, None, tokenizer_type="word", vocab_size=2048)
         texts = [words(q) for b in behaviours for q in (*b.positive[:USED], *b.negative[:USED])]
         self.tokenizer = train_tokenizer([*texts, words(YES + NO)], config, folder / "tokenizer")
         self.answers = torch.tensor([self.tokenizer(words(x), add_special_tokens=False).input_ids[0] for x in (YES, NO)])

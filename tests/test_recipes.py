@@ -33,7 +33,7 @@ def texts(recipe, row, tmp_path, *words):
     file.write_text(json.dumps(row) + "\n")
     options = ["--data_dir", str(tmp_path), "--preference.data.train", str(file), *words]
     config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *options])
-    train_tokenizer([json.dumps(row)], ModelConfig(None, {}, None, "bpe", 300), tmp_path / "tokenizer")
+    train_tokenizer([json.dumps(row)], ModelConfig(None, {}, None, vocab_size=300), tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer", config.model.chat_template)
     found, _ = load_preferences(located(config, "d", 0).preference.data, tokenizer, "train")
     (chosen,), (rejected,) = found.winners, found.losers
@@ -77,7 +77,7 @@ def test_train_only_freezes_the_rest(tmp_path):
     tok = small.tokenizer(tmp_path)
     architecture = small.ARCHITECTURE | {"tie_word_embeddings": False}
     config = ModelConfig("somewhere", architecture, None, train_only=["lm_head", "layers.1"])
-    model = small.build_model(ModelConfig(None, architecture, None, "word", 64), tok, 0)
+    model = small.build_model(ModelConfig(None, architecture, None, tokenizer_type="word", vocab_size=64), tok, 0)
     trained_parts(model, config, 0)
     named = {name for name, p in model.named_parameters() if p.requires_grad}
     assert named == {name for name, _ in model.named_parameters() if name.startswith(("lm_head", "model.layers.1."))}
@@ -98,7 +98,7 @@ def test_only_what_is_named_moves_in_training(tmp_path):
     tok = small.tokenizer(tmp_path)
     architecture = small.ARCHITECTURE | {"tie_word_embeddings": False}
     settings = ModelConfig("somewhere", architecture, None, train_only=["lm_head"])
-    model = small.build_model(ModelConfig(None, architecture, None, "word", 64), tok, 0)
+    model = small.build_model(ModelConfig(None, architecture, None, tokenizer_type="word", vocab_size=64), tok, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = prepare(model, settings, torch.device("cpu"))
     Trainer(job(tmp_path / "run", tok, "ogd"), model, tok, torch.device("cpu"), False).run()

@@ -19,7 +19,7 @@ BEHAVIOURS = made_up((0.3, 0.9), 24)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    config = ModelConfig(None, small.ARCHITECTURE | {"max_position_embeddings": 256}, None, "bpe", 400)
+    config = ModelConfig(None, small.ARCHITECTURE | {"max_position_embeddings": 256}, None, vocab_size=400)
     texts = [q for b in BEHAVIOURS.values() for q in (*b.positive, *b.negative)]
     tokenizer = train_tokenizer([*texts, " Yes No"], config, folder / "tokenizer")
     tokenizer.chat_template = None
