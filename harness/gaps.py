@@ -145,8 +145,8 @@ def gap_table(joint: Joint) -> Table:
         "Gap: the objective at the end of a run, on the same training rows for all, less its optimum, which was found by "
         "optimizing it alone (below 0: the run went below that estimate). Ideal distance: from the point where both are 0. "
         "The rest is what the steps cost more than Sequential's with the same λ, in the same study: wall-clock time, CPU time, "
-        "peak memory, GPU utilization (none without a GPU). λ is the weight of the preference; "
-        "k: steps between evaluations." + _seeds(joint)
+        "peak memory, GPU utilization (none without a GPU). λ is the weight of the preference; k: steps between evaluations. "
+        "All take as many steps, and Mix takes a batch of both objectives at each: twice the rows." + _seeds(joint)
     )
     return Table(TITLE, [*columns, "time", "CPU time", "memory", "GPU use"], rows, note)
 

@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 
 from harness.config import WorldConfig
+from harness.lexicon import FEELINGS, KINDS, SLOTS, TOOLS
 from harness.world import (
     CLOSERS,
-    FEELINGS,
-    KINDS,
     OPENERS,
     PAIR_MIX,
-    SLOTS,
-    TOOLS,
     YESNO_INFERRED,
     YESNO_TESTED,
     make_world,
