@@ -85,10 +85,10 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def end(self, seconds=100):
+    def end(self, seconds=150):
         return self.process.wait(seconds)
 
-    def wait_for(self, ready, seconds=60):
+    def wait_for(self, ready, seconds=120):
         deadline = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
