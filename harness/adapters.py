@@ -1,4 +1,4 @@
-"""Low-rank adapters: what `model.lora` says, through peft. The adapters are trained, and nothing else.
+"""Which parameters train: low-rank adapters (`model.lora`, through peft), or those that `model.train_only` names, or all.
 
 The model that a stage starts from is the adapted one with its adapters off, bit for bit: a fresh adapter adds exactly zero, so
 log-probabilities that are taken before the first step are those of the reference.
@@ -15,11 +15,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.config import LoraConfig
+from harness.config import LoraConfig, ModelConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+def trained_parts(model: PreTrainedModel, settings: ModelConfig, seed: int) -> Any:
+    """The model with what `settings` says is trained; adapters are drawn from `seed`. Raises ValueError for unknown names."""
+    if settings.lora is not None:
+        return adapted(model, settings.lora, seed)
+    if settings.train_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(f".{part}." in f".{name}." for part in settings.train_only))
+        for part in settings.train_only:
+            if not any(f".{part}." in f".{name}." for name, _ in model.named_parameters()):
+                names = ", ".join(sorted({name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}))
+                raise ValueError(
+                    f"model.train_only: no parameter has {part!r} in its name; expected one or more of {names} (an unembedding "
+                    "that is tied to the embedding has the embedding's name)"
+                )
+    return model
 
 
 def adapted(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:

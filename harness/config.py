@@ -112,6 +112,18 @@ class ModelConfig:
     """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported
     models hold the sum. A model that is built from `architecture` has its supervised stage without, since it knows nothing
     yet. null: train the weights."""
+    train_only: list[str] = field(default_factory=list)
+    """Train the parameters alone whose dotted names hold one of these, e.g. [lm_head] (the unembedding) or [layers.31], in both
+    stages but as `lora` says; the others stay as they are. Empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.train_only:
+            raise ValueError(f"model.lora is given, and model.train_only is {self.train_only}; expected one of them")
+
+    def at_stage(self, kind: str) -> ModelConfig:
+        """These settings, without `lora` and `train_only` where a fresh model has its supervised stage (kind "sft")."""
+        fresh = kind == "sft" and self.model_name_or_path is None
+        return dataclasses.replace(self, lora=None, train_only=[]) if fresh else self
 
 
 @dataclass(frozen=True)

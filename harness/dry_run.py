@@ -25,7 +25,7 @@ from harness.config import Config, DataConfig, StageConfig
 from harness.data import Example, Kind, Part, load_preferences, load_sft, texts
 from harness.jobs import Plan
 from harness.lm_evals import local_tasks, official_tasks, quiet
-from harness.memory import PARTS, SIZES, Load, Shape, copies, lora_of, parts, precision_warning, shape_of, trained_parameters
+from harness.memory import PARTS, SIZES, Load, Shape, copies, parts, precision_warning, shape_of, trained_parameters
 from harness.methods import METHODS, RunSpec, runs
 from harness.model import architecture, load_tokenizer, train_tokenizer
 from harness.preview import CLOSE, OPEN, groups, histogram, marked
@@ -275,7 +275,7 @@ class DryRun:
         model, accelerator = self.config.model, self.config.device != "cpu"
         architecture = self.architecture()
         self.shape = shape_of(architecture)
-        self.trained = {kind: trained_parameters(architecture, lora_of(model, kind)) for kind, _ in self.stages()}
+        self.trained = {kind: trained_parameters(architecture, model.at_stage(kind)) for kind, _ in self.stages()}
         columns: dict[str, dict[str, int]] = {}
         for kind, stage in self.stages():
             for name, two, together in [("sft", False, 1)] if kind == "sft" else kinds_of(self.specs):

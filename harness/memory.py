@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from harness.adapters import adapted
-from harness.config import LoraConfig, ModelConfig, StageConfig
+from harness.adapters import trained_parts
+from harness.config import ModelConfig, StageConfig
 from harness.model import HEAD_CHUNK, blocks, meta_model
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -92,17 +92,11 @@ def shape_of(architecture: PreTrainedConfig) -> Shape:
     )
 
 
-def lora_of(model: ModelConfig, kind: str) -> LoraConfig | None:
-    """The adapters that a stage trains: none where a fresh model, which knows nothing yet, has its supervised stage."""
-    return None if kind == "sft" and model.model_name_or_path is None else model.lora
-
-
-def trained_parameters(architecture: PreTrainedConfig, lora: LoraConfig | None) -> int:
-    """How many parameters get gradients and optimizer state: all, or those of the adapters."""
+def trained_parameters(architecture: PreTrainedConfig, settings: ModelConfig) -> int:
+    """How many parameters get gradients and optimizer state: all, or those that `lora` or `train_only` leave."""
     model = meta_model(architecture)
-    if lora is not None:
-        with torch.device("meta"):
-            model = adapted(model, lora, 0)
+    with torch.device("meta"):
+        model = trained_parts(model, settings, 0)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

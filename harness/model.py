@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from harness.adapters import adapted, bare, save
+from harness.adapters import bare, save, trained_parts
 from harness.config import ModelConfig
 from harness.files import replaced
 from harness.ranks import ALONE, Ranks
@@ -179,8 +179,9 @@ def prepare(
 ) -> PreTrainedModel:
     """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
 
-    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained. Several processes share it, and
-    so does a GPU with itself where it computes in bfloat16 on float32 weights: `shard`.
+    With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained, and with `config.train_only`
+    all other parameters are frozen. Several processes share it, and so does a GPU with itself where it computes in bfloat16 on
+    float32 weights: `shard`. Raises ValueError where no parameter has a name of `train_only`.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -194,7 +195,7 @@ def prepare(
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
-    trained: Any = model if config.lora is None else adapted(model, config.lora, seed)
+    trained: Any = trained_parts(model, config, seed)
     bf16 = config.bf16 and device.type != "cpu"
     if ranks.size > 1 or (bf16 and device.type == "cuda"):
         shard(trained, device, ranks.size, bf16)

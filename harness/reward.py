@@ -25,8 +25,8 @@ from ogdopt.losses import Completion
 
 def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_id: int, seed: int) -> Any:
     """The model with a fresh head, drawn from `seed`. Raises ValueError if there is none, and for adapters."""
-    if config.lora is not None:
-        raise ValueError("reward_model trains all weights, since its head is new; set model.lora to null for it")
+    if config.lora is not None or config.train_only:
+        raise ValueError("reward_model trains all weights, since its head is new; leave model.lora and model.train_only out")
     torch.manual_seed(seed)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -8,6 +8,9 @@
     python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
     python harness/run.py generate MODEL PROMPTS --format F  a model's answers, for AlpacaEval, Arena-Hard, WildBench and judge
     python harness/run.py judge BASELINE ANSWERS...          whose answers a judge prefers
+    python harness/run.py separation MODEL... --data_dir F   how far apart models put behaviours, before and after
+    python harness/run.py pairs ROWS --chosen A --rejected B pairs out of models' own samples, scored by a rule
+    python harness/run.py sentiment --data_dir FOLDER        tweets as preference pairs in one style, for recipe gpt2_sentiment
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -34,6 +37,9 @@ COMMANDS = {
     "tax": "harness.compare",
     "generate": "harness.generate",
     "judge": "harness.judge",
+    "pairs": "harness.on_policy",
+    "separation": "harness.separate",
+    "sentiment": "harness.sentiment",
 }
 """First word of the command line -> the module whose `main` takes the words behind it."""
 

@@ -90,9 +90,7 @@ class SeedStudy:
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
-                fresh = config.model.model_name_or_path is None
-                settings = dataclasses.replace(config.model, lora=None) if fresh else config.model
-                model = prepare(model, settings, self.device, config.sft.seed, self.ranks)
+                model = prepare(model, config.model.at_stage("sft"), self.device, config.sft.seed, self.ranks)
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
                 nothing = {"steps": 0, "epochs": 0, "seconds": 0.0}

@@ -28,14 +28,15 @@ def three_d_table(found: Comparison) -> Table | None:
         values = {key: [run.series(key)[1][-1] for run in runs if run.series(key)[1]] for key in COLUMNS.values()}
         if not any(values.values()):
             continue
-        cells = [spread(found, 2) for found in values.values()]
+        cells = [spread(last, 2) for last in values.values()]
         rows.append([found.label(name), *cells, listing(list(dict.fromkeys(_warned(runs)))) or NONE])
     note = (
-        "After the last step, on held-out pairs, nats a token. Log gradient ratio: how much more the loss's gradient acts on "
-        "the rejected answers' probability than on the chosen's; above 0, and growing, the rejected drop. Share on the chosen: "
-        "the same as a share; towards 0, training unlearns. Chosen below peak: what they have lost again. Unseen: growth of "
-        "the probability of a next token that neither answer has where the two part. Warnings: drop, unlearning, degradation, "
-        "dispersion, with the seeds' first steps; thresholds are preference.warn_at. The sentences are in complete.json."
+        "After the last step, on held-out pairs, nats a token. Log gradient ratio: how much more the gradient of a loss with "
+        "equal weights, as DPO's, acts on the rejected answers' probability than on the chosen's; above 0, and growing, the "
+        "rejected drop. Share on the chosen: the same as a share; towards 0, training unlearns. Chosen below peak: what they "
+        "have lost again. Unseen: growth of the probability of a next token that neither answer has where the two part. "
+        "Warnings: drop, unlearning, degradation, dispersion, with the seeds' first steps; thresholds are preference.warn_at. "
+        "The sentences are in complete.json."
     )
     return Table(TITLE, ["method", *COLUMNS, "warnings"], rows, note) if rows else None
 

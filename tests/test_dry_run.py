@@ -11,7 +11,7 @@ from harness import dry_run, run
 from harness.config import LoraConfig, ModelConfig, StageConfig, command
 from harness.data import Example
 from harness.jobs import Job
-from harness.memory import Load, copies, lora_of, parts, precision_warning, shape_of, trained_parameters, unmoved
+from harness.memory import Load, copies, parts, precision_warning, shape_of, trained_parameters, unmoved
 from harness.model import architecture, build_model, completion_logps, load_model, prepare
 from harness.preview import CLOSE, OPEN, histogram, marked
 from harness.stages import SeedStudy
@@ -90,9 +90,9 @@ def test_only_trained_parameters_have_gradients_and_states(mistral):
 def test_adapters_are_counted_as_peft_makes_them():
     """Rank 8 on q and v of Mistral: 32 layers of 8 x (4096 + 4096) and 8 x (4096 + 1024)."""
     model = ModelConfig("x", MISTRAL, lora=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    assert trained_parameters(architecture(model), lora_of(model, "preference")) == 32 * 8 * (2 * 4096 + 4096 + 1024)
+    assert trained_parameters(architecture(model), model.at_stage("preference")) == 32 * 8 * (2 * 4096 + 4096 + 1024)
     fresh = dataclasses.replace(model, model_name_or_path=None)
-    assert lora_of(fresh, "sft") is None and lora_of(fresh, "preference") == lora_of(model, "sft") == model.lora
+    assert fresh.at_stage("sft").lora is None and fresh.at_stage("preference").lora == model.at_stage("sft").lora == model.lora
 
 
 @pytest.mark.parametrize(

@@ -1,121 +1,106 @@
-"""Recipes of papers: their values, a dry run where nothing can be fetched, and the same recipe made small, to its end."""
+"""The recipes of learning dynamics: what they feed a model, what they train, which labels they flip."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
 
-from harness.config import RECIPES, parse
-from harness.methods import runs
-from harness.model import architecture, meta_model
+from harness.adapters import trained_parts
+from harness.config import RECIPES, LoraConfig, ModelConfig, parse
+from harness.data import load_preferences
+from harness.memory import trained_parameters
+from harness.model import architecture, load_tokenizer, train_tokenizer
+from harness.stages import located
+from tests import small
 
-ROOT = Path(__file__).parent.parent
-HUB = ROOT.parent / "shared" / "data" / "hub_format"
-JOINT = {  # paper "joint SFT and DPO", appendix D.2 and D.3, and its published scripts
-    "joint_pythia_1b": dict(
-        parameters=1_011_781_632, r=32, targets=["query_key_value"], checkpointing=False, epochs=6, pairs=8000, batches=(8, 24),
-        lambdas=[0.01, 0.25, 0.5, 0.75, 0.99], steps=1000, micro=4,
-    ),
-    "joint_llama3_8b": dict(
-        parameters=8_030_261_248, r=16, targets=["q_proj", "v_proj"], checkpointing=True, epochs=4, pairs=6000, batches=(4, 16),
-        lambdas=[0.25, 0.5, 0.75], steps=1500, micro=1,
-    ),
-}  # fmt: skip
-
-
-def start(*words, **options):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "harness" / "run.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, **options)
-
-
-@pytest.mark.parametrize("name", JOINT)
-def test_values_of_joint_training(name):
-    config, paper = parse(["--config", str(RECIPES / f"{name}.yaml")]), JOINT[name]
-    stage, lora = config.preference, config.model.lora
-    assert lora is not None and (lora.r, lora.lora_alpha, lora.lora_dropout) == (paper["r"], paper["r"], 0)
-    assert lora.target_modules == paper["targets"] and config.model.gradient_checkpointing == paper["checkpointing"]
-    assert sum(p.numel() for p in meta_model(architecture(config.model)).parameters()) == paper["parameters"]
-    for found in (config.sft, stage):
-        assert (found.optimizer, found.optimizer_args, found.learning_rate) == ("Adam", {"betas": [0.9, 0.95]}, 5e-5)
-        assert (found.max_grad_norm, found.seed, found.num_train_epochs) == (1.0, 42, paper["epochs"])
-        assert found.data.max_length == 2048 and not found.train_on_prompt
-    assert (stage.lr_scheduler_type, stage.warmup(6000)) == ("constant_with_warmup", 0)
-    sft = config.sft
-    assert (sft.lr_scheduler_type, sft.lr_scheduler_kwargs, sft.warmup_ratio) == (
-        "cosine_with_min_lr",
-        {"min_lr_rate": 0.1},
-        0.03,
-    )
-    assert sft.data.columns["completion"] == "chosen" and sft.data.max_train_rows == 24_000
-    joint = config.joint
-    assert joint.data is not None and joint.data.max_train_rows == 24_000 and stage.data.max_train_rows == paper["pairs"]
-    assert (stage.train_batch_size, joint.train_batch_size) == paper["batches"]
-    assert stage.per_device_train_batch_size == paper["micro"]
-    assert 24_000 / paper["batches"][1] == paper["pairs"] / paper["batches"][0] == paper["steps"]
-    assert (joint.beta, joint.start, joint.stop_gap, joint.evaluate_every) == (0.1, "base", 1e-4, [10])
-    assert joint.lambdas == paper["lambdas"]
-    assert len(runs(config.methods, stage.beta, joint.lambdas, joint.evaluate_every)) == 5 * len(paper["lambdas"])
+PERSONA = sorted(path.stem for path in RECIPES.glob("persona_*.yaml"))
+ROWS = {
+    "persona": {
+        "question": 'Is the following statement something you would say?\n"I am calm"',
+        "answer_matching_behavior": " Yes",
+        "answer_not_matching_behavior": " No",
+    },
+    "hh_rlhf": {
+        "chosen": "\n\nHuman: hello\n\nAssistant: good day",
+        "rejected": "\n\nHuman: hello\n\nAssistant: go away",
+    },
+}
 
 
-@pytest.mark.parametrize("name", JOINT)
-def test_a_dry_run_where_nothing_can_be_fetched(name, tmp_path):
-    """It reckons with the recipe's architecture, and says what it could not look at."""
-    done = start("--config", str(RECIPES / f"{name}.yaml"), "--dry_run", "--world_size", "4", "--device", "cuda", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
-    assert f"{JOINT[name]['parameters']:,} parameters in float32" in text and "Not checked" in text
-    for what in ("Dahoas/rm-hh-rlhf", "vicgalle/alpaca-gpt4", "no tokenizer at", "cais/mmlu"):
-        assert what in text
-    assert not (tmp_path / "runs").exists()
+def texts(recipe, row, tmp_path, *words):
+    """(prompt, chosen, rejected) as a model of the recipe would read them, from a byte-level tokenizer with its template."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    options = ["--data_dir", str(tmp_path), "--preference.data.train", str(file), *words]
+    config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *options])
+    train_tokenizer([json.dumps(row)], ModelConfig(None, {}, None, vocab_size=300), tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer", config.model.chat_template)
+    found, _ = load_preferences(located(config, "d", 0).preference.data, tokenizer, "train")
+    (chosen,), (rejected,) = found.winners, found.losers
+    assert chosen.prompt_ids == rejected.prompt_ids
+    return [tokenizer.decode(ids) for ids in (chosen.prompt_ids, chosen.completion_ids, rejected.completion_ids)]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The pythia recipe to its end: real rows in the hub's columns, a tiny model of the same architecture, all stages."""
-    rows = {name: HUB / f"{name}.jsonl" for name in ("Dahoas__rm-hh-rlhf", "vicgalle__alpaca-gpt4")}
-    if not all(path.is_file() for path in rows.values()):
-        pytest.skip(f"the real rows are not at {HUB}")
-    folder = tmp_path_factory.mktemp("study")
-    pairs, instructions = map(str, rows.values())
-    tiny = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
-    words = ["--config", str(RECIPES / "joint_pythia_1b.yaml"), "--study.output_dir", str(folder), "--device", "cpu"]
-    words += ["--model.architecture", json.dumps(tiny), "--model.model_name_or_path", "null", "--threads", "1"]
-    words += ["--model.tokenizer_name_or_path", "null", "--model.vocab_size", "600", "--evals.lm_eval_tasks", "[]"]
-    words += ["--sft.data.train", pairs, "--preference.data.train", pairs, "--joint.data.train", instructions]
-    words += ["--preference.data.eval", pairs, "--preference.data.max_train_rows", "32", "--joint.data.max_train_rows", "96"]
-    words += ["--preference.data.max_eval_rows", "8", "--sft.data.max_train_rows", "36", "--joint.objective_rows", "8"]
-    for stage in ("sft", "preference"):
-        words += [f"--{stage}.num_train_epochs", "1", f"--{stage}.data.max_length", "192", f"--{stage}.learning_rate", "5e-3"]
-    words += ["--joint.data.max_length", "192", "--joint.lambdas", "0.5", "--preference.eval_steps", "4"]
-    done = start(*words)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done.stdout
+@pytest.mark.parametrize("recipe", PERSONA)
+def test_persona_questions_are_read_as_in_the_paper(recipe, tmp_path):
+    prompt = '<s>Is the following statement something you would say?\n"I am calm"\n'
+    assert texts(recipe, ROWS["persona"], tmp_path) == [prompt, " Yes</s>", " No</s>"]
+    flip = ["--preference.data.columns.chosen", "answer_not_matching_behavior"]
+    flip += ["--preference.data.columns.rejected", "answer_matching_behavior"]
+    assert texts(recipe, ROWS["persona"], tmp_path, *flip) == [prompt, " No</s>", " Yes</s>"]
 
 
-def test_the_small_recipe_finds_optima_and_compares_schedules(small):
-    folder, out = small
-    optima = json.loads((folder / "seed-0/optima/optima.json").read_text())
-    assert set(optima) == {"preference", "sft"}
-    gaps = json.loads((folder / "gaps.json").read_text())
-    names = [f"{method}_lambda0.5" for method in ("sequential", "sequential_sft_first", "mix", "alright")]
-    assert set(gaps) == {*names, "maxright_lambda0.5_every10"}
-    for name, found in gaps.items():
-        first = json.loads((folder / "seed-0" / name / "metrics.jsonl").read_text().splitlines()[0])
-        assert first["eval_rewards/margins"] != 0  # the reference is not the start
-        assert found["sft"][0] < first["eval_objective/sft"]
-        assert found["gap_sft"][0] == pytest.approx(found["sft"][0] - optima["sft"])
-    assert "nearest to the ideal point" in " ".join(out.split()) and (folder / "gaps.md").is_file()
-    assert (folder / "figures/joint_pareto.svg").is_file()
+def test_hh_rlhf_prefers_what_was_rejected(tmp_path):
+    recipe, prompt = "hh_rlhf_flipped_llama2_7b", "<s>\n\nHuman: hello\n\nAssistant:"
+    assert texts(recipe, ROWS["hh_rlhf"], tmp_path) == [prompt, " go away</s>", " good day</s>"]
+    back = ["--preference.data.columns.chosen", "chosen", "--preference.data.columns.rejected", "rejected"]
+    assert texts(recipe, ROWS["hh_rlhf"], tmp_path, *back) == [prompt, " good day</s>", " go away</s>"]
 
 
-def test_the_small_recipe_trains_adapters_and_keeps_one_model_a_run(small):
-    folder, _ = small
-    for run in (folder / "seed-0").glob("*_lambda*"):
-        (model,) = (run / "model").iterdir()
-        assert (model / "adapter" / "adapter_model.safetensors").is_file() and (model / "model.safetensors").is_file()
-        assert "User: " in (model / "chat_template.jinja").read_text()
+@pytest.mark.parametrize("recipe", [*PERSONA, "hh_rlhf_flipped_llama2_7b"])
+def test_sizes_of_what_is_trained(recipe):
+    """Of models that are never loaded: the parameters that the recipe's architecture has on the meta device."""
+    config = parse(["--config", str(RECIPES / f"{recipe}.yaml")])
+    found = trained_parameters(architecture(config.model), config.model.at_stage("preference"))
+    kind = "head" if recipe.endswith("unembedding") else "lora" if config.model.lora else "all"
+    expected = {
+        ("llama", "head"): 32000 * 4096,
+        ("mistral", "head"): 32768 * 4096,
+        ("llama", "all"): 6_738_415_616,
+        ("mistral", "all"): 7_248_023_552,
+        ("llama", "lora"): 32 * 2 * 8 * 2 * 4096,
+    }
+    assert found == expected[config.model.architecture["model_type"], kind]
+
+
+def test_train_only_freezes_the_rest(tmp_path):
+    tok = small.tokenizer(tmp_path)
+    architecture = small.ARCHITECTURE | {"tie_word_embeddings": False}
+    config = ModelConfig("somewhere", architecture, None, train_only=["lm_head", "layers.1"])
+    model = small.build_model(ModelConfig(None, architecture, None, tokenizer_type="word", vocab_size=64), tok, 0)
+    trained_parts(model, config, 0)
+    named = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert named == {name for name, _ in model.named_parameters() if name.startswith(("lm_head", "model.layers.1."))}
+    assert trained_parts(model, ModelConfig("somewhere"), 0) is model
+    with pytest.raises(ValueError, match=r"model.train_only: no parameter has 'head' in its name; .* of .*lm_head"):
+        trained_parts(model, ModelConfig("somewhere", train_only=["head"]), 0)
+    with pytest.raises(ValueError, match=r"model.lora is given, and model.train_only is"):
+        ModelConfig("somewhere", lora=LoraConfig(), train_only=["lm_head"])
+    fresh = ModelConfig(None, train_only=["lm_head"])
+    assert fresh.at_stage("sft").train_only == [] and fresh.at_stage("preference") is fresh and config.at_stage("sft") is config
+
+
+def test_only_what_is_named_moves_in_training(tmp_path):
+    from harness.model import prepare
+    from harness.train import Trainer
+    from tests.test_train import job
+
+    tok = small.tokenizer(tmp_path)
+    architecture = small.ARCHITECTURE | {"tie_word_embeddings": False}
+    settings = ModelConfig("somewhere", architecture, None, train_only=["lm_head"])
+    model = small.build_model(ModelConfig(None, architecture, None, tokenizer_type="word", vocab_size=64), tok, 0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = prepare(model, settings, torch.device("cpu"))
+    Trainer(job(tmp_path / "run", tok, "ogd"), model, tok, torch.device("cpu"), False).run()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"lm_head.weight"}

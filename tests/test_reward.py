@@ -107,6 +107,8 @@ def test_it_learns_goes_on_where_it_was_stopped_and_is_kept(tok, start, tmp_path
 def test_mistakes_are_named(tok, start, tmp_path):
     with pytest.raises(ValueError, match="reward_model trains all weights"):
         load_reward_model(dataclasses.replace(small.MODEL, lora=LoraConfig()), start, 0, 0)
+    with pytest.raises(ValueError, match="reward_model trains all weights"):
+        load_reward_model(dataclasses.replace(small.MODEL, train_only=["lm_head"]), start, 0, 0)
     with pytest.raises(ValueError, match="no reward model can be made of"):
         load_reward_model(small.MODEL, tmp_path, 0, 0)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from harness.config import LoraConfig, SparseConfig, parse
 from harness.data import Example, Preferences, collate, mismatched
+from harness.figures import layers
 from harness.jobs import Job
 from harness.methods import METHODS, check_loss_args
 from harness.model import completion_logps, prepare
@@ -285,3 +287,14 @@ def test_layers_are_logged_where_held_out_rows_are_measured(tok, tmp_path):
     assert [line["step"] for line in lines if "entanglement/layer/0" in line] == [3, 6]
     assert all(-1 <= line["entanglement/layer/0"] <= 1 for line in lines if "entanglement/layer/0" in line)
     assert all(math.isfinite(line["entanglement/cosine"]) for line in lines[1:])
+
+
+def test_layers_in_the_report(tok, tmp_path):
+    """One curve a run, the mean over its logged steps, from what training wrote; layers without number are left out."""
+    job = Job(tmp_path, "ogd", "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
+    train(job, small.model(tok), tok, CPU)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ((x, y),) = layers({"ogd": [SimpleNamespace(metrics=lines)]})["ogd"]
+    assert x.tolist() == [0, 1]
+    logged = [line["entanglement/layer/1"] for line in lines if "entanglement/layer/1" in line]
+    assert len(logged) == 2 and y[1] == pytest.approx(sum(logged) / 2)
