@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from harness.guard import digest_of, local_files, same_files, same_rows
 from harness.jobs import Job
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
+from harness.memory import precision_warning
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.ranks import ALONE, Ranks
@@ -48,6 +50,9 @@ class SeedStudy:
         _check_thresholds(config.preference.warn_at)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         check_loss_args(config.preference.loss_args)
+        for name, stage in (("sft", config.sft), ("preference", config.preference)):
+            if stage.data.train and ranks.first and (text := precision_warning(config.model, stage)):
+                warnings.warn(f"{name}: {text}", stacklevel=2)
         joint = [spec.method for spec in self.specs if spec.weight is not None]
         if joint and not (config.joint.data or config.sft.data).train:
             raise ValueError(

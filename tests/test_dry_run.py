@@ -14,6 +14,7 @@ from harness.jobs import Job
 from harness.memory import Load, copies, parts, precision_warning, shape_of, trained_parameters, unmoved
 from harness.model import architecture, build_model, completion_logps, load_model, prepare
 from harness.preview import CLOSE, OPEN, histogram, marked
+from harness.stages import SeedStudy
 from harness.train import Trainer
 from tests import small
 
@@ -149,6 +150,12 @@ def test_the_warning_about_bfloat16_is_true(lr):
     assert f"{(rounded.abs() > unmoved(lr)).float().mean():.0%}" in text and f"{unmoved(lr):.1e}" in text
     assert precision_warning(ModelConfig(), StageConfig(learning_rate=lr)) is None
     assert precision_warning(ModelConfig(dtype="bfloat16"), StageConfig(learning_rate=1e-3)) is None
+
+
+def test_a_run_warns_of_bfloat16_weights_under_small_steps(tmp_path):
+    settings = ["--config", recipe(tmp_path), "--model.dtype", "bfloat16"]
+    with pytest.warns(UserWarning, match=r"preference: model.dtype is bfloat16 and the learning rate 1e-06.*98% of weights"):
+        SeedStudy(command(settings).config, 0)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------------

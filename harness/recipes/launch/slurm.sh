@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# SLURM: sbatch harness/recipes/launch/slurm.sh --config RECIPE [--section.option value ...]
+# Two minutes before the time is up the processes get SIGTERM, save and end; --requeue lets the same command go on.
+#SBATCH --job-name=ogdopt
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+export HEAD NODES="$SLURM_NNODES" RUN="$SLURM_JOB_ID"
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=1 harness/recipes/launch/nodes.sh "$@"
