@@ -7,7 +7,7 @@ log-probabilities that are taken before the first step are those of the referenc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,22 +83,31 @@ def bare(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def merged(model: PeftModel) -> dict[str, Tensor]:
-    """Weights of the adapted model as a plain one has them, under its names; the model itself is left as it is.
+def merged(model: PeftModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights of the adapted model as a plain one has them, under its names; `weights` are its own, whole, if it is sharded.
 
     peft's own merging writes into the frozen weights, and taking it back leaves its rounding there.
     """
-    plain = bare(model)
-    layers: dict[str, Any] = {name: module for name, module in plain.named_modules() if hasattr(module, "get_delta_weight")}
-    weights: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, value in plain.state_dict().items():
-            module, inside, kind = name.partition(".base_layer.")
-            if inside and kind == "weight":
-                value = (value.float() + layers[module].get_delta_weight("default").float()).to(value.dtype)
-            if inside or not any(name.startswith(f"{layer}.") for layer in layers):
-                weights[f"{module}.{kind}" if inside else name] = value
-    return weights
+    layers: dict[str, Any] = {name: m for name, m in bare(model).named_modules() if hasattr(m, "get_delta_weight")}
+    weights = model.state_dict() if weights is None else weights
+    found: dict[str, Tensor] = {}
+    for full_name, value in weights.items():
+        name = full_name.removeprefix("base_model.model.")
+        module, inside, kind = name.partition(".base_layer.")
+        if inside and kind == "weight":
+            value = (value.float() + _change(layers[module], f"base_model.model.{module}", weights)).to(value.dtype)
+        if inside or not any(name.startswith(f"{layer}.") for layer in layers):
+            found[f"{module}.{kind}" if inside else name] = value
+    return found
+
+
+def _change(layer: Any, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+    """What a layer's adapter adds to its weight, in float32: scaling B A, turned round where the layer keeps it so."""
+    embeds = f"{name}.lora_embedding_A.default" in weights
+    names = [f"{name}.lora_{'embedding_' * embeds}{part}.default{'' if embeds else '.weight'}" for part in "BA"]
+    B, A = (weights[n].detach().float() for n in names)
+    change = (B @ A) * layer.scaling["default"]
+    return change.T if embeds or getattr(layer, "fan_in_fan_out", False) else change
 
 
 @contextmanager
@@ -114,10 +123,14 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.p = rate
 
 
-def save(model: Any, folder: Path) -> None:
-    """Weights and configuration as a Hugging Face folder; of an adapted model merged, with the adapter in `adapter/`."""
+def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Weights and configuration as a Hugging Face folder; of an adapted model merged, with the adapter in `adapter/`.
+
+    `weights` are the model's own, whole, where it holds only shards of them.
+    """
     if bare(model) is model:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
-    bare(model).save_pretrained(folder, state_dict=merged(model))
-    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)  # True asks the hub about the vocabulary
+    bare(model).save_pretrained(folder, state_dict=merged(model, weights))
+    # True would ask the hub about the vocabulary.
+    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False, state_dict=weights)

@@ -97,7 +97,8 @@ def _evaluated(subject: Subject, config: Config, directory: Path) -> Path:
         record(home, {"evals": config.evals, "tokenizer": config.model.tokenizer_name_or_path}, facts)
     ranks.barrier()
     weights = [file.stat().st_mtime for pattern in WEIGHTS for file in subject.model.glob(pattern)]
-    if not output.is_file() or output.stat().st_mtime < max(weights, default=0.0):
+    missing = not output.is_file() or output.stat().st_mtime < max(weights, default=0.0)
+    if ranks.merged({ranks.rank(): missing})[0]:  # the first decides: another machine may not see its files
         if ranks.rank() == 0:
             print(f"evaluating {subject.name}", flush=True)
         words = config.model.tokenizer_name_or_path

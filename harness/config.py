@@ -174,7 +174,9 @@ class StageConfig:
     train_batch_size: int = 64
     """Effective batch: examples (pairs) in one optimizer step."""
     per_device_train_batch_size: int = 64
-    """Examples in one forward pass; the rest of the batch is accumulated."""
+    """Most examples in one forward pass of one process; the rest of the batch is accumulated."""
+    per_device_train_tokens: int | None = None
+    """Most tokens in one forward pass of one process, padding included; null: as many as these examples have."""
     max_grad_norm: float | None = 10.0
     """Largest L2 norm of the (projected) gradient; null: no clipping."""
     loss_reduction: Literal["sum", "mean"] = "sum"

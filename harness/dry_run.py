@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from harness.config import Config, DataConfig, StageConfig
 from harness.data import Example, Kind, Part, load_preferences, load_sft, texts
+from harness.jobs import Plan
 from harness.lm_evals import local_tasks, official_tasks, quiet
 from harness.memory import PARTS, SIZES, Load, Shape, copies, parts, precision_warning, shape_of, trained_parameters
 from harness.methods import METHODS, RunSpec, runs
@@ -31,7 +32,7 @@ from harness.preview import CLOSE, OPEN, groups, histogram, marked
 from harness.rows import Problem, rows
 from harness.stages import located
 from harness.tables import NONE, Table, size
-from harness.train import Plan, schedule
+from harness.train import schedule
 from harness.world import make_world
 
 SHOWN = 2  # rows shown of each data set

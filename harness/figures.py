@@ -312,6 +312,17 @@ def study_panels(
         markers=False,
         zero=True,
     )
+    yield Panel(
+        "conflict_by_layer",
+        "Where the two gradients meet",
+        "Cosine between the winners' and the losers' gradient in each layer of the model, mean over the steps at which it was "
+        "logged (`preference.probe_steps` for methods of one gradient). Look for layers near 1: there both answers pull on the "
+        "same weights, and a loss that tells them apart moves both log-likelihoods alike.",
+        ylabels=["cosine"],
+        curves=[layers(runs)],
+        xlabel="layer",
+        zero=True,
+    )
 
 
 def _measured(points: Points, x: str, y: str) -> Curves:
@@ -320,6 +331,22 @@ def _measured(points: Points, x: str, y: str) -> Curves:
         return np.array([a for a, _ in both]), np.array([b for _, b in both])
 
     return {name: [curve(seed) for seed in seeds] for name, seeds in points.items()}
+
+
+def layers(runs: Mapping[str, Sequence[Run]]) -> Curves:
+    """Mean logged cosine of the two gradients by the number of the layer."""
+    prefix = "entanglement/layer/"
+
+    def curve(run: Run) -> Curve:
+        found: dict[int, list[float]] = {}
+        for row in run.metrics:
+            for key, value in row.items():
+                if key.startswith(prefix) and key.removeprefix(prefix).isdecimal():
+                    found.setdefault(int(key.removeprefix(prefix)), []).append(value)
+        order = sorted(found)
+        return np.array(order), np.array([np.mean(found[layer]) for layer in order])
+
+    return {name: [curve(run) for run in seeds] for name, seeds in runs.items()}
 
 
 def _calm(values: np.ndarray) -> np.ndarray:

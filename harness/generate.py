@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,8 +120,7 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     else:
         loaded = pretrained(AutoModelForCausalLM, Path(model), dtype="auto").to(device_name(config.device)).eval()
         _answer(work, journal, config.batch_size, _transformers(loaded, words), words)
-    ranks.barrier()
-    answers = Journal(directory / "answers.jsonl", rank=ranks.rank())
+    answers = ranks.merged(dict(journal))
     file = directory / "answers.jsonl"
     if ranks.rank() == 0:
         file = _write(directory, name, asked, answers, config, count) or file
@@ -210,7 +209,7 @@ def _write(
     directory: Path,
     name: str,
     prompts: Sequence[Prompt],
-    answers: Journal,
+    answers: Mapping[str, dict[str, Any]],
     config: GenerateConfig,
     count: Callable[[str], int],
 ) -> Path | None:
@@ -227,13 +226,13 @@ def _write(
     return file
 
 
-def _say(prompts: Sequence[Prompt], answers: Journal, file: Path, config: GenerateConfig) -> None:
+def _say(prompts: Sequence[Prompt], answers: Mapping[str, dict[str, Any]], file: Path, config: GenerateConfig) -> None:
     for line in _summary(prompts, answers, config):
         print(line)
     print(f"Written: {file}")
 
 
-def _summary(prompts: Sequence[Prompt], answers: Journal, config: GenerateConfig) -> Iterator[str]:
+def _summary(prompts: Sequence[Prompt], answers: Mapping[str, dict[str, Any]], config: GenerateConfig) -> Iterator[str]:
     rows = [answers[prompt.id] for prompt in prompts]
     cut = sum(row["finish_reason"] == "length" for row in rows)
     yield f"{len(rows)} answers, {sum(row['n_tokens'] for row in rows) / len(rows):.0f} tokens on average"

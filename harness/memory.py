@@ -9,7 +9,8 @@ With P parameters in w bytes each (4 in float32, 2 in bfloat16), computed on in 
     gathered layers            two layers and what lies outside of them in c bytes, the larger one's gradient in 4
     activations                c S h L + one live layer with checkpointing, L live layers without;
                                a live layer: c S (outputs of its linear maps + 3 h + the MLP's inner widths once more)
-    logits                     scored tokens x vocabulary x (c + 12): as computed, in float32, log-softmax, gradient
+    logits                     scored tokens, a chunk of them at most, x vocabulary x (c + 12): as computed, in float32,
+                               log-softmax, gradient
     optimizer's temporary      the largest parameter, twice; with `foreach` every parameter
 
 for hidden size h and L layers; of a Mistral layer that is c S (6 h + 2 kv + 4 ff). The accounting of states is that of ZeRO
@@ -28,7 +29,7 @@ from transformers import PreTrainedConfig
 
 from harness.adapters import trained_parts
 from harness.config import ModelConfig, StageConfig
-from harness.model import blocks, meta_model
+from harness.model import HEAD_CHUNK, blocks, meta_model
 
 SIZES = {"float32": 4, "bfloat16": 2}
 STATES = {"RMSprop": 1, "Adam": 2, "AdamW": 2, "SGD": 0}
@@ -132,7 +133,7 @@ def parts(
     live = c * slots * shape.live
     checkpointed = model.gradient_checkpointing
     found["activations"] = c * slots * shape.hidden * shape.layers + live if checkpointed else live * shape.layers
-    found["logits"] = load.scored * shape.vocabulary * (c + 12)
+    found["logits"] = min(load.scored, HEAD_CHUNK) * shape.vocabulary * (c + 12)
     largest = share if stage.optimizer_args.get("foreach") else math.ceil(shape.largest / load.world_size)
     found["optimizer's temporary"] = 2 * w * min(largest, share)
     return found

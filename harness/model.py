@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from harness.adapters import bare, save, trained_parts
 from harness.config import ModelConfig
 from harness.files import replaced
+from harness.ranks import ALONE, Ranks
 from ogdopt.losses import Completion
 
 SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -35,6 +42,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
     "{% endfor %}"
 )
+HEAD_CHUNK = 1024  # scored tokens
 # Architectures that change the logits behind the head are scored through their own forward pass.
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -166,11 +174,14 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
     return model
 
 
-def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+def prepare(
+    model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0, ranks: Ranks = ALONE
+) -> PreTrainedModel:
     """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
 
     With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained, and with `config.train_only`
-    all other parameters are frozen. Raises ValueError where none has such a name.
+    all other parameters are frozen. Several processes share it, and so does a GPU with itself where it computes in bfloat16 on
+    float32 weights: `shard`. Raises ValueError where no parameter has a name of `train_only`.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -184,7 +195,27 @@ def prepare(model: PreTrainedModel, config: ModelConfig, device: torch.device, s
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
-    return trained_parts(model, config, seed).to(device).train()
+    trained: Any = trained_parts(model, config, seed)
+    bf16 = config.bf16 and device.type != "cpu"
+    if ranks.size > 1 or (bf16 and device.type == "cuda"):
+        shard(trained, device, ranks.size, bf16)
+    return trained.to(device).train()
+
+
+def shard(model: PreTrainedModel, device: torch.device, processes: int, bf16: bool) -> None:
+    """Share the parameters, their gradients and with them the optimizer's state out among all processes (FSDP2).
+
+    A layer at a time is gathered to compute with; in bfloat16 with `bf16`, while weights and the sums of gradients stay as
+    they are. Gradients are the mean of the processes' own.
+    """
+    plain = bare(model)
+    mesh = init_device_mesh(device.type, (processes,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in blocks(plain):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(plain, mesh=mesh, mp_policy=policy)
+    plain.scored_logps = MethodType(_scored_logps, plain)  # type: ignore[assignment]
+    register_fsdp_forward_method(plain, "scored_logps")  # gathers what lies outside of the layers, as forward() would
 
 
 def completion_logps(
@@ -196,38 +227,68 @@ def completion_logps(
 ) -> Completion:
     """Log-probabilities of the scored tokens, (B, T - 1), nats in float32; column t belongs to token t + 1.
 
-    The arguments are a batch's, each (B, T). The head runs at the scored positions alone, so the logits are (scored tokens, V)
-    and never (B, T, V). The hidden states there, (scored tokens, d), are added to `states`, without their graph.
+    The arguments are a batch's, each (B, T); a `loss_mask` in the host's memory spares a question to the device. The head runs
+    at the scored positions alone, `HEAD_CHUNK` of them at a time, so the logits are (HEAD_CHUNK, V) and never (B, T, V). The
+    hidden states there, (scored tokens, d), are added to `states`, without their graph.
     """
-    model = bare(model)
+    plain = bare(model)
     scored = loss_mask[:, 1:]
-    targets = input_ids[:, 1:][scored]
+    places = scored.flatten().nonzero().squeeze(1).to(input_ids.device, non_blocking=True)
+    score: Any = plain.scored_logps if isinstance(plain, FSDPModule) else partial(_scored_logps, plain)
+    values = score(input_ids, attention_mask, places, states)
+    logps = torch.zeros(scored.numel(), dtype=values.dtype, device=values.device).index_copy(0, places, values)
+    return Completion(logps.view(scored.shape), scored.to(input_ids.device, non_blocking=True))
+
+
+def _scored_logps(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor, states: list[Tensor] | None
+) -> Tensor:
+    """`completion_logps` at the places, (N,), of a flattened (B, T - 1); (N,)."""
+    targets = input_ids[:, 1:].flatten()[places]
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
         wanted = {"output_hidden_states": True} if states is not None else {}
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
-        logits = output.logits[:, :-1][scored]
-        hidden = output.hidden_states[-1][:, :-1][scored] if states is not None else logits
-    else:
-        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = output.last_hidden_state[:, :-1][scored]
-        logits = head(hidden)
+        if states is not None:
+            states.append(output.hidden_states[-1][:, :-1].flatten(0, 1)[places].detach())
+        return _token_logps(output.logits[:, :-1].flatten(0, 1)[places], targets)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1].flatten(0, 1)[places]
     if states is not None:
         states.append(hidden.detach())
-    values = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    logps = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
-    return Completion(logps.masked_scatter(scored, values), scored)
+    if len(targets) <= HEAD_CHUNK:
+        return _token_logps(head(hidden), targets)
+    # A chunk's logits are made again in its backward pass, so that one chunk's are alive at a time.
+    run = partial(checkpoint, lambda h, t: _token_logps(head(h), t), use_reentrant=False)
+    pairs = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([run(h, t) for h, t in pairs])  # type: ignore[list-item]
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities, (N,) in float32, of targets, (N,), under logits, (N, V)."""
+    return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str, ranks: Ranks = ALONE) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer with chat template, model card), whole or not at all.
 
-    Adapters are merged into its weights, and stand by themselves in `adapter/`.
+    Adapters are merged into its weights, and stand by themselves in `adapter/`. Of a sharded model each tensor is gathered in
+    turn, and the first process alone keeps them, in the host's memory.
     """
-    with replaced(folder) as temporary:
-        save(model, temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+    weights: Any = None
+    if isinstance(bare(model), FSDPModule):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+        weights = {name: value for name, value in weights.items() if name not in twice}  # tied ones are saved once
+
+    def write() -> None:
+        with replaced(folder) as temporary:
+            save(model, temporary, weights)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+
+    ranks.tell(write)
 
 
 def model_card(title: str, base: str, recipe: dict[str, Any], figures: dict[str, float]) -> str:

@@ -1,14 +1,128 @@
-"""The processes of one command that torchrun started, each with a share of independent work. Alone, all of this is a no-op."""
+"""The processes of a run: which one this is, and what they do together.
+
+A launcher (torchrun, accelerate launch) starts the same program several times and tells each its place. What one process does
+for all, such as reading data and evaluating, the others wait for without a time limit: a process that dies meanwhile closes its
+connections, and the launcher ends the rest.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)
+PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+class FailedElsewhere(ValueError):  # noqa: N818 - the error is another process's, which tells it
+    """The first process has failed, and says why itself: this one has nothing to say."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    patient: dist.ProcessGroup | None = None
+    """The same processes, for messages on the host that may take hours."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes, prints and evaluates."""
+        return self.rank == 0
+
+    def tell(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process; the others wait for it, and fail where it fails."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None]
+        if not self.first:
+            dist.broadcast_object_list(outcome, 0, group=self.patient)
+            if isinstance(outcome[0], FailedElsewhere):
+                raise outcome[0]
+            return outcome[0]
+        try:
+            outcome = [work()]
+        except Exception:
+            dist.broadcast_object_list([FailedElsewhere()], 0, group=self.patient)
+            raise
+        dist.broadcast_object_list(outcome, 0, group=self.patient)
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.patient)
+        return found
+
+    def wait(self) -> None:
+        """Go on together."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor, added up over all processes in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+ALONE = Ranks()
+"""No other process."""
+_joined = ALONE
+
+
+def join(device: str) -> tuple[Ranks, torch.device]:
+    """This process's place and device, as the launcher's variables say.
+
+    On a GPU there is a process group even for one process: FSDP2 keeps float32 weights and computes in bfloat16 layer by layer.
+    Raises ValueError where there are more processes on a machine than GPUs.
+    """
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in PLACE)
+    kind = device.partition(":")[0]
+    if kind == "cuda" and size > 1:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; start at most as many "
+                "processes a machine (--nproc-per-node), or choose --device cpu"
+            )
+        device = f"cuda:{local}"
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1 and kind != "cuda":
+        return Ranks(), torch.device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(backend, **alone)
+    global _joined
+    patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    _joined = Ranks(rank, size, patient)
+    return _joined, torch.device(device)
+
+
+def leave(ranks: Ranks) -> None:
+    """Close the connections once everyone is here, so that none that is early takes them from the others."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # another process has already gone, with a message of its own
+            ranks.wait()
+        dist.destroy_process_group()
+
+
+# ---- independent work, each process with a share of it --------------------------------------------------------------------
 
 
 @contextmanager
@@ -17,38 +131,38 @@ def joined() -> Iterator[None]:
 
     gloo, since all that goes between them are results, objects on the host.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def here() -> Ranks:
+    """This process among those that `join` or `joined` has brought together."""
+    return _joined if _joined.size > 1 or not dist.is_initialized() else Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return here().rank
 
 
 def size() -> int:
     """How many processes there are."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return here().size
 
 
 def merged(share: dict[Any, Any]) -> dict[Any, Any]:
     """The entries of all processes together, in each of them. Every process has to call it."""
-    if size() == 1:
-        return share
-    shares: list[dict[Any, Any]] = [{} for _ in range(size())]
-    distributed.all_gather_object(shares, share)
-    return {key: value for part in shares for key, value in part.items()}
+    return {key: value for part in here().gather(share) for key, value in part.items()}
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    if size() > 1:
-        distributed.barrier()
+    here().wait()

@@ -20,11 +20,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from harness.analysis import ASKED, HELPS, Comparison, Point, headline, measure, results_of
+from harness.analysis import ASKED, HELPS, Comparison, Point, measure, results_of
 from harness.claims import Finished, finished
 from harness.config import ReportConfig
 from harness.figures import Drawing, draw, looks, study_panels
 from harness.gaps import Joint, drawn, gap_table, joint_runs, numbers, sentences
+from harness.headline import headline
 from harness.paper import beside, verdicts
 from harness.runs import Study, read_study
 from harness.tables import NONE, Table, cell_lines, extent, interval, markdown_text, number, p_text, percent, spread, tiny

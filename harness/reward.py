@@ -16,9 +16,10 @@ from transformers import AutoModelForSequenceClassification
 from harness.config import ModelConfig
 from harness.data import Example, collate
 from harness.measures import sums_of
+from harness.measuring import rewards_of
 from harness.model import attention_of
-from harness.train import Trainer, rewards_of
-from ogdopt import StepReport
+from harness.progress import Speed, Taken
+from harness.train import Trainer
 from ogdopt.losses import Completion
 
 
@@ -58,12 +59,10 @@ class RewardTrainer(Trainer):
     def _reference_logps(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def _line(
-        self, sums: dict[str, torch.Tensor], report: StepReport, learning_rate: float, seconds: float
-    ) -> dict[str, float]:
-        line = super()._line(sums, report, learning_rate, seconds)
+    def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
+        line, stop = super()._line(taken, asked, speed)
         line |= {f"rewards/{side}": line.pop(f"logps/{side}") for side in ("chosen", "rejected")}
-        return line | {"rewards/margins": line["rewards/chosen"] - line["rewards/rejected"]}
+        return line | {"rewards/margins": line["rewards/chosen"] - line["rewards/rejected"]}, stop
 
     def _measure(self) -> dict[str, float]:
         held_out = self.job.held_out

@@ -2,6 +2,7 @@
 
     python harness/run.py                                    the miniature study, on a laptop
     python harness/run.py --config RECIPE --section.option value ...
+    torchrun --nproc-per-node 8 harness/run.py --config RECIPE ...       on eight processes
     python harness/run.py study NAME                         a toy study of a paper; without NAME it lists them
     python harness/run.py --config RECIPE --dry_run [--world_size 8]     checks and reckons, loads and writes nothing
     python harness/run.py tax REFERENCE MODEL...             what any models or runs forgot against the first of them
@@ -9,6 +10,7 @@
     python harness/run.py judge BASELINE ANSWERS...          whose answers a judge prefers
     python harness/run.py separation MODEL... --data_dir F   how far apart models put behaviours, before and after
     python harness/run.py pairs ROWS --chosen A --rejected B pairs out of models' own samples, scored by a rule
+    python harness/run.py sentiment --data_dir FOLDER        tweets as preference pairs in one style, for recipe gpt2_sentiment
 
 World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
 Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads cost several times on shared cores
@@ -27,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, wh
 
 from harness.config import Config, command
 
+FIRST = os.environ.get("RANK", "0") == "0"
 COMMANDS = {
     "study": "harness.study",
     "tax": "harness.compare",
@@ -34,12 +39,13 @@ COMMANDS = {
     "judge": "harness.judge",
     "pairs": "harness.on_policy",
     "separation": "harness.separate",
+    "sentiment": "harness.sentiment",
 }
 """First word of the command line -> the module whose `main` takes the words behind it."""
 
 
 def main() -> int:
-    """Run a command; 0 when it is finished, 1 for a mistake that a message explains, 130 when it was stopped."""
+    """Run a command. 0: finished, or saved and stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C."""
     words = sys.argv[1:]
     try:
         if not words or words[0].startswith("-"):
@@ -47,7 +53,8 @@ def main() -> int:
             if asked.dry_run:
                 from harness.dry_run import dry_run
 
-                dry_run(asked.config, asked.world_size)
+                if FIRST:
+                    dry_run(asked.config, asked.world_size)
             else:
                 run(asked.config)
         elif words[0] in COMMANDS:
@@ -57,34 +64,47 @@ def main() -> int:
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise
-        print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
+        if str(error):  # else another process says it
+            print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
-        print(f"\nstopped. {stopped or 'What was finished is kept'}; the same command goes on from here.", file=sys.stderr)
-        return 130
+        if FIRST:
+            text = str(stopped) or "What was finished is kept"
+            print(f"\nstopped. {text}; the same command goes on from here.", file=sys.stderr)
+        return 0 if getattr(stopped, "signal", signal.SIGINT) == signal.SIGTERM else 130
     return 0
 
 
 def run(config: Config) -> None:
-    """All seeds of a study, then its report."""
+    """All seeds of a study, then its report. Every process of a launcher runs this."""
     import transformers  # seconds, which other commands need not wait for
 
+    from harness.guard import locked
+    from harness.ranks import join, leave
+    from harness.stages import SeedStudy, device_name, record
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    ranks, device = join(device_name(config.device))
+    ranks.tell(lambda: record(config.study.directory, config))
+    for seed in config.study.seeds:
+        with ExitStack() as stack:  # the first process holds the folder for all
+            ranks.tell(lambda folder=config.study.directory / f"seed-{seed}": stack.enter_context(locked(folder)))
+            study = SeedStudy(config, seed, ranks, device)
+            study.prepare()
+            study.supervised()
+            for spec in study.specs:
+                study.method(spec)
+    ranks.tell(lambda: report(config))
+    leave(ranks)
+
+
+def report(config: Config) -> None:
+    """Tables and figures of what has been evaluated."""
     from harness.gaps import write_gaps
     from harness.methods import METHODS
     from harness.report import print_gaps, print_table, write_report
-    from harness.stages import SeedStudy, record
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version trains in one process; start it with python instead of torchrun")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    record(config.study.directory, config)
-    for seed in config.study.seeds:
-        study = SeedStudy(config, seed)
-        study.prepare()
-        study.supervised()
-        for spec in study.specs:
-            study.method(spec)
     if all(METHODS[name].reward for name in config.methods):
         print(f"no report, since reward models answer no questions; see metrics.jsonl in {config.study.directory}")
     elif config.evals.tasks or config.evals.lm_eval_tasks:
@@ -96,4 +116,9 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may be dead, and taking down connections would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ import torch
 import yaml
 
 from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
-from harness.data import Preferences, load_preferences, load_sft, texts
+from harness.data import Example, Preferences, load_preferences, load_sft, texts
 from harness.files import replaced, write_json, write_text
+from harness.guard import digest_of, local_files, same_files, same_rows
+from harness.jobs import Job
 from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.ranks import ALONE, Ranks
 from harness.reward import RewardTrainer, load_reward_model
-from harness.train import Job, train
+from harness.train import train
 from harness.world import make_world
 from ogdopt.three_d import Thresholds
 
@@ -34,11 +38,11 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy
 class SeedStudy:
     """One repetition of a study, in `<study>/seed-<k>`."""
 
-    def __init__(self, config: Config, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, config: Config, seed: int, ranks: Ranks = ALONE, device: torch.device | None = None) -> None:
+        self.seed, self.ranks = seed, ranks
         self.home = config.study.directory / f"seed-{seed}"
         self.config = located(config, str(self.home / "data"), seed)
-        self.device = torch.device(device_name(config.device))
+        self.device = device or torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_thresholds(config.preference.warn_at)
@@ -53,6 +57,9 @@ class SeedStudy:
 
     def prepare(self) -> None:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
+        self.ranks.tell(self._prepare)
+
+    def _prepare(self) -> None:
         if self.config.world is not None:
             make_world(self.config.world, self.home / "data")
         model, folder = self.config.model, self.home / "tokenizer"
@@ -69,8 +76,8 @@ class SeedStudy:
         config, directory = self.config, self.home / "supervised"
         facts = {"name": "supervised", "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
         sections = {"world": config.world, "model": config.model, "sft": config.sft}
-        record(directory, sections, facts | {"seed": config.sft.seed})
-        if not (directory / "complete.json").is_file():
+        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.sft.seed}))
+        if not self._done(directory):
             if self._epochs(config.sft):
                 model = self._fresh_model()
                 recipe = as_dict(config.sft)
@@ -78,10 +85,11 @@ class SeedStudy:
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
-                model = prepare(model, config.model.at_stage("sft"), self.device, config.sft.seed)
-                train(job, model, self.tokenizer, self.device, config.model.bf16)
+                model = prepare(model, config.model.at_stage("sft"), self.device, config.sft.seed, self.ranks)
+                train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
-                write_json(directory / "complete.json", {"steps": 0, "epochs": 0, "seconds": 0.0})
+                nothing = {"steps": 0, "epochs": 0, "seconds": 0.0}
+                self.ranks.tell(lambda: write_json(directory / "complete.json", nothing))
         self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
 
     def method(self, spec: RunSpec) -> None:
@@ -97,13 +105,16 @@ class SeedStudy:
             facts |= {"beta": self.config.joint.beta, "lambda": spec.weight, "evaluate_every": spec.evaluate_every}
             joint = self._joint_settings()
         self._record(directory, facts, stage, joint)
-        if not (directory / "complete.json").is_file():
+        if not self._done(directory):
             self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
         if reward:
             return  # it answers no questions
-        epochs = json.loads((directory / "complete.json").read_text())["epochs"]
+        epochs = self.ranks.tell(lambda: json.loads((directory / "complete.json").read_text())["epochs"])
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
+
+    def _done(self, directory: Path) -> bool:
+        return self.ranks.tell((directory / "complete.json").is_file)
 
     def _stage_settings(self, method: str) -> dict[str, Any]:
         """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
@@ -118,7 +129,8 @@ class SeedStudy:
     def _record(self, directory: Path, facts: dict[str, Any], stage: dict[str, Any], joint: dict[str, Any] | None) -> None:
         config = self.config
         sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
-        record(directory, sections | ({"joint": joint} if joint else {}), facts | {"seed": config.preference.seed})
+        sections |= {"joint": joint} if joint else {}
+        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.preference.seed}))
 
     def _train(
         self,
@@ -153,14 +165,14 @@ class SeedStudy:
         )
         if METHODS[spec.method].reward:
             model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
-            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16).run()
+            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, ranks=self.ranks).run()
             return
         reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
         model = self._fresh_model() if fresh else load_model(config.model, self.start)
-        train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference)
+        train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference, self.ranks)
 
     def _prepared(self, model: Any) -> Any:
-        return prepare(model, self.config.model, self.device, self.config.preference.seed)
+        return prepare(model, self.config.model, self.device, self.config.preference.seed, self.ranks)
 
     def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
         """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""
@@ -190,12 +202,11 @@ class SeedStudy:
             spec = RunSpec("alright", None, name, f"optimum of {name}", weight)
             facts = {"name": name, "kind": "optimum", "method": "alright", "label": spec.label, "beta": self.config.joint.beta}
             self._record(folder / name, facts | {"lambda": weight}, stage, joint)
-            if not (folder / name / "complete.json").is_file():
+            if not self._done(folder / name):
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
                 self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
-            lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-            found[name] = min(line[key] for line in lines if (key := f"eval_objective/{name}") in line)
-        write_json(folder / "optima.json", found)
+            found[name] = self.ranks.tell(lambda name=name: least(folder / name / "metrics.jsonl", f"eval_objective/{name}"))
+        self.ranks.tell(lambda: write_json(folder / "optima.json", found))
         return found
 
     def _good_enough(self, spec: RunSpec) -> list[list[float]]:
@@ -203,6 +214,9 @@ class SeedStudy:
         given = self.config.joint.stop_pareto
         if given is not None or spec.method == "alright":
             return given or []
+        return self.ranks.tell(self._ends_of_alright)
+
+    def _ends_of_alright(self) -> list[list[float]]:
         points = []
         for done in sorted(self.home.glob("alright_lambda*/complete.json")):
             last = json.loads((done.parent / "metrics.jsonl").read_text().splitlines()[-1])
@@ -249,11 +263,21 @@ class SeedStudy:
         return self._loaded("joint", self.config.joint.data, partial(load_sft, kind="joint"))
 
     def _loaded(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
-        """Rows of both parts, checked; what was left out is printed and kept in data_report.json."""
+        """Rows of both parts, checked; what was left out is printed and kept in data_report.json. One process reads for all.
+
+        Raises ValueError if they are not those that this study was begun with.
+        """
+        return self.ranks.tell(lambda: self._read(kind, data, load))
+
+    def _read(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
         found, reports = {}, {}
+        known = self.home / "data_files.json"
         for part in ("train", "eval"):
             if getattr(data, part):
+                option = f"{kind}.data.{part}"
+                same_files(known, local_files(getattr(data, part)), option)
                 found[part], report = load(data, self.tokenizer, part)
+                same_rows(known, f"{option} {json.dumps(as_dict(data), sort_keys=True)}", option, rows_of(found[part]))
                 reports[f"{kind}.data.{part}"] = report.as_dict()
                 print(report.summary())
         if "train" not in found:
@@ -291,9 +315,10 @@ class SeedStudy:
     def _evaluate(self, directory: Path, run: str, model: Path | str, epoch: int) -> None:
         evals = self.config.evals
         output = directory / "evals" / f"epoch-{epoch}.json"
-        if not (evals.tasks or evals.lm_eval_tasks) or output.is_file():
+        if not (evals.tasks or evals.lm_eval_tasks) or self.ranks.tell(output.is_file):
             return
-        print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
+        if self.ranks.first:
+            print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
         words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
@@ -336,6 +361,19 @@ def located(config: Config, data: str, seed: int) -> Config:
     world = config.world and dataclasses.replace(config.world, seed=config.world.seed + seed)
     stages = {"sft": data_of(config.sft), "preference": data_of(config.preference), "joint": joint}
     return dataclasses.replace(config, world=world, evals=evals, **stages)
+
+
+def least(metrics: Path, key: str) -> float:
+    """The smallest value of a figure in a metrics file."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return min(line[key] for line in lines if key in line)
+
+
+def rows_of(found: Preferences | Sequence[Example]) -> dict[str, Any]:
+    """How many rows and tokens there are, and a hash of all of them."""
+    examples = [*found.winners, *found.losers] if isinstance(found, Preferences) else found
+    sequences = [ids for example in examples for ids in (example.prompt_ids, example.completion_ids)]
+    return {"rows": len(examples), "tokens": sum(map(len, sequences)), "sha256": digest_of(sequences)}
 
 
 def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) -> None:
@@ -393,7 +431,7 @@ def _git() -> str:
 
 
 def device_name(name: str) -> str:
-    """The device that `auto` stands for."""
+    """The device of a setting: "auto" is a GPU if there is one."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

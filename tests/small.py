@@ -7,6 +7,7 @@ import torch
 from harness.config import DataConfig, ModelConfig, StageConfig
 from harness.data import Example, Preferences
 from harness.model import build_model, train_tokenizer
+from harness.progress import Speed
 
 TEXT = "where does lives in what is the of a sure friend um whatever rador mila oslo rome cairo lima ? . ,"
 WORDS = TEXT.split()
@@ -54,3 +55,10 @@ def stage(**changes):
 
 def vector(m):
     return torch.cat([p.detach().flatten() for p in m.parameters()])
+
+
+def line(trainer, taken):
+    """The figures of a step, as they are logged."""
+    speed = Speed()
+    speed.lap()
+    return trainer._line(taken, [], speed)[0]

@@ -8,17 +8,19 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from harness.adapters import adapted, bare, merged
 from harness.config import DataConfig, LoraConfig, parse
 from harness.data import collate
+from harness.jobs import Job
 from harness.joint import Joint
 from harness.methods import METHODS
 from harness.model import completion_logps, export, prepare
+from harness.progress import Stopped
 from harness.stages import SeedStudy
-from harness.train import Job, Stopped, Trainer, train
+from harness.train import Trainer, train
 from tests import small
 
 peft = pytest.importorskip("peft")
@@ -76,7 +78,7 @@ def test_adapters_are_trained_and_the_weights_are_not(method, tok, tmp_path):
     torch.testing.assert_close(scores(plain, tok), scores(model, tok), rtol=1e-5, atol=1e-5)
     beside = peft.PeftModel.from_pretrained(start, tmp_path / "model" / "epoch-2" / "adapter")
     assert torch.equal(scores(beside, tok), scores(model, tok))
-    saved = load_file(sorted((tmp_path / "checkpoint").iterdir())[-1] / "model.safetensors")
+    saved = FileSystemReader(sorted((tmp_path / "checkpoint").iterdir())[-1]).read_metadata().state_dict_metadata
     assert saved and all("lora_" in name for name in saved)
 
 
@@ -196,7 +198,7 @@ def test_options_on_the_command_line():
 def test_a_model_that_knows_nothing_has_its_supervised_stage_whole(tok, tmp_path, monkeypatch):
     """What is built from an architecture is trained whole first; a given model has adapters in both stages."""
     seen = []
-    monkeypatch.setattr("harness.stages.train", lambda job, model, *rest: seen.append(model))
+    monkeypatch.setattr("harness.stages.train", lambda job, model, *rest, **named: seen.append(model))
     monkeypatch.setattr(SeedStudy, "_evaluate", lambda *args: None)
     monkeypatch.setattr(SeedStudy, "_supervised_rows", {"train": small.preferences(tok).winners})
     monkeypatch.setattr(SeedStudy, "tokenizer", tok)

@@ -46,9 +46,11 @@ def test_leaving_any_part_out_would_be_noticed(part, tmp_path, monkeypatch):
     save(tmp_path, Progress(3), *ours)
     end = steps(*ours, 3)
     theirs = parts(seed=9)
-    keep = {"model": "load_weights", "rng": "_restore_rng"}
-    if part in keep:
-        monkeypatch.setattr(checkpoints, keep[part], lambda *args: None)
+    if part == "rng":
+        monkeypatch.setattr(checkpoints, "_restore_rng", lambda *args: None)
+    if part == "model":
+        fresh = {name: p.clone() for name, p in checkpoints.trained(theirs[0]).items()}
+        monkeypatch.setattr(checkpoints, "trained", lambda model: fresh)
     target = {"optimizer": theirs[1], "scheduler": theirs[2]}.get(part)
     if target is not None:
         monkeypatch.setattr(target, "load_state_dict", lambda state: None)
@@ -59,8 +61,9 @@ def test_leaving_any_part_out_would_be_noticed(part, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda d: os.truncate(d / "model.safetensors", 10), "model.safetensors is not what was written"),
-        (lambda d: (d / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda d: os.truncate(d / "__0_0.distcp", 10), "__0_0.distcp is not what was written"),
+        (lambda d: (d / "__0_0.distcp").write_bytes(bytes((d / "__0_0.distcp").stat().st_size)), "__0_0.distcp is not what"),
+        (lambda d: (d / ".metadata").unlink(), ".metadata is missing"),
         (lambda d: (d / "state.json").write_text("{"), "state.json cannot be read"),
     ],
 )
@@ -82,16 +85,19 @@ def test_only_the_last_two_are_kept_and_leftovers_go(tmp_path):
     assert [p.name for p in found(tmp_path)] == ["step-00000002", "step-00000003"] == sorted(os.listdir(tmp_path))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("point", ["tensors", "rng", "state"])
+def test_a_full_disk_leaves_the_old_checkpoint(point, tmp_path, monkeypatch):
     ours = parts()
     save(tmp_path, Progress(1), *ours)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    target = {"tensors": (torch, "save"), "rng": (checkpoints, "save_file"), "state": (checkpoints.json, "dumps")}[point]
+    monkeypatch.setattr(*target, full)
+    with pytest.raises(ValueError, match=r"step-00000002 could not .*: No space left on device; the last good one, step-0"):
         save(tmp_path, Progress(2), *ours)
+    monkeypatch.undo()
     assert os.listdir(tmp_path) == ["step-00000001"] and restore(tmp_path, *ours).step == 1
 
 

@@ -21,12 +21,17 @@ ROOT = Path(__file__).parent.parent
 WORKER = str(ROOT / "tests" / "workers" / "two_gradients.py")
 
 
-def launch(ranks, folder):
-    """Run the worker under torch's launcher with a time limit; its exit and what it said on the way."""
+def launch(ranks, folder, *words, worker=WORKER):
+    """Run a worker under torch's launcher with a time limit; its exit and what it said on the way."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", WORKER, str(folder)]
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*starter, worker, str(folder), *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as child:
         try:
             said, _ = child.communicate(timeout=200)

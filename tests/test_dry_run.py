@@ -10,10 +10,11 @@ import yaml
 from harness import dry_run, run
 from harness.config import LoraConfig, ModelConfig, StageConfig, command
 from harness.data import Example
+from harness.jobs import Job
 from harness.memory import Load, copies, parts, precision_warning, shape_of, trained_parameters, unmoved
 from harness.model import architecture, build_model, completion_logps, load_model, prepare
 from harness.preview import CLOSE, OPEN, histogram, marked
-from harness.train import Job, Trainer
+from harness.train import Trainer
 from tests import small
 
 GIB = 2**30
@@ -58,7 +59,7 @@ def test_mistral_7b(mistral):
     states = sum(found[name] for name in ("weights", "gradient", "gradient that waits", "optimizer state"))
     assert states / GIB == pytest.approx(108, abs=0.1)
     assert found["activations"] / GIB == pytest.approx(1.64, abs=0.01)
-    assert found["logits"] / GIB == pytest.approx(1.75, abs=0.01)
+    assert found["logits"] / GIB == pytest.approx(0.44, abs=0.01)  # a chunk of 1,024 tokens
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_learning_rates_are_those_of_the_run(tok, tmp_path):
     stage = small.stage(lr_scheduler_type="cosine", warmup_ratio=0.4)
     job = Job(tmp_path, "sft", "sft", "sft", stage, small.preferences(tok), None)
     trainer = Trainer(job, small.model(tok), tok, torch.device("cpu"), False)
-    taken = {k + 1: trainer._step(k)["learning_rate"] for k in range(job.plan.steps)}
+    taken = {k + 1: trainer._step(k).learning_rate for k in range(job.plan.steps)}
     shown = dict(dry_run.rates(stage, job.plan.steps))
     assert {1, stage.warmup(job.plan.steps) + 1, job.plan.steps} <= shown.keys()
     assert shown == {step: taken[step] for step in shown}

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 from harness.config import Config, JointConfig, PreferenceConfig
 from harness.data import Preferences, collate, order
+from harness.jobs import Job
 from harness.meter import Meter
 from harness.methods import runs
 from harness.model import completion_logps, prepare
 from harness.stages import SeedStudy
-from harness.train import Job, Trainer, train
+from harness.train import Trainer, train
 from ogdopt.losses import Pairs, dpo
 from tests import small
 from tests.test_train import JOINT, job, lines, run
@@ -88,7 +89,7 @@ def test_the_first_step_of_mix_is_the_weighted_gradient(tok, tmp_path):
     f_sft = -scored(task.joint.supervised, batches["sft"]).logp.mean()
     (0.7 * f_dpo + 0.3 * f_sft).backward()
     step = torch.cat([p.grad.flatten() for p in expected.parameters()])
-    line = trainer._step(0)
+    line = small.line(trainer, trainer._step(0))
     torch.testing.assert_close(small.vector(expected) - small.vector(model), step, rtol=1e-4, atol=1e-5)
     assert line["objective/preference"] == pytest.approx(f_dpo.item(), rel=1e-5)
     assert line["objective/sft"] == pytest.approx(f_sft.item(), rel=1e-5)

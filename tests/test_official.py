@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import compare
 from harness.config import RECIPES, EvalConfig, TaskConfig, parse
 from harness.eval_model import EvalLM
 from harness.lm_evals import evaluate
@@ -186,16 +187,16 @@ def test_two_processes_answer_as_one_does(toy):
     export(tiny_model(tokenizer, seed=1), tokenizer, folder / "tuned")
     tasks = [{"name": "toy", "path": str(folder / "toy.jsonl"), "ask": ["direct", "generate"]}]
     options = ["--evals.tasks", json.dumps(tasks), "--evals.lm_eval_tasks", "[]", "--evals.batch_size=2", "--device=cpu"]
-    options += ["--evals.max_new_tokens=4", "--report.samples=200", "--study.output_dir"]
+    options += ["--evals.max_new_tokens=4", "--report.samples=200"]
+    models = [str(folder / "model"), str(folder / "tuned")]
+    compare.main([*models, *options, "--study.output_dir", str(folder / "one")])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "harness/run.py")]
+    words += ["tax", *models, *options, "--study.output_dir", str(folder / "two")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = []
-    for words in ([sys.executable], launcher):
-        out = folder / f"tax-{len(found)}"
-        command = [*words, str(ROOT / "harness" / "run.py"), "tax", "model", "tuned", *options, str(out)]
-        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        assert "tuned has a TAX of" in ended.stdout and ended.stdout.count("Written:") == 1
-        found.append([json.loads((out / name / "evals" / "epoch-1.json").read_text())["tasks"] for name in ("model", "tuned")])
-        assert not list(out.rglob("*.partial*"))
-    assert found[0] == found[1]
+    ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "tuned has a TAX of" in ended.stdout and ended.stdout.count("Written:") == 1
+    one, two = (sorted((folder / out).glob("*/evals/*")) for out in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two] == ["epoch-1.json"] * 2  # and no journal is left
+    for ours, theirs in zip(one, two, strict=True):
+        assert json.loads(ours.read_text())["tasks"] == json.loads(theirs.read_text())["tasks"]

@@ -16,9 +16,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from harness.analysis import headline, measure
+from harness.analysis import measure
 from harness.config import ReportConfig
 from harness.figures import looks, spearman
+from harness.headline import headline
 from harness.report import BEST, MATCHED, PROMISE, _figures, print_table, write_report
 from harness.runs import read_study
 from harness.tables import Table, markdown_text, number, spread

@@ -78,7 +78,7 @@ def test_the_first_step_descends_the_bradley_terry_loss(tok, start, tmp_path):
     loss = torch.nn.functional.softplus(rewards[1] - rewards[0]).mean()
     loss.backward()
     torch.optim.SGD(expected.parameters(), lr=1e-3).step()
-    line = task._step(0)
+    line = small.line(task, task._step(0))
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["rewards/chosen"] == pytest.approx(rewards[0].mean().item(), rel=1e-4, abs=1e-6)
     assert line["rewards/margins"] == pytest.approx((rewards[0] - rewards[1]).mean().item(), rel=1e-3, abs=1e-6)

@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from harness.config import LoraConfig, SparseConfig, parse
 from harness.data import Example, Preferences, collate, mismatched
+from harness.figures import layers
+from harness.jobs import Job
 from harness.methods import METHODS, check_loss_args
 from harness.model import completion_logps, prepare
-from harness.train import Job, Trainer, train
+from harness.train import Trainer, train
 from ogdopt.diagnostics import entanglement, weights
 from ogdopt.gram import gram
 from ogdopt.losses import LOSSES, Pairs, dpo, kto_unpaired, simpo, sparse
@@ -55,7 +59,7 @@ def parts(made, tok, model):
 def moved(made, tok, lr=1e-3):
     """What one step of SGD changed, over the learning rate."""
     before = small.vector(made.model)
-    line = made._step(0)
+    line = small.line(made, made._step(0))
     return (before - small.vector(made.model)) / lr, line
 
 
@@ -141,8 +145,8 @@ def test_sparse_prunes_tokens_and_still_learns(tok, tmp_path):
     assert lines[1]["sparse/w_chosen"] == pytest.approx(0.5) and lines[-1]["sparse/w_chosen"] < 0.25
     assert min(line["sparse/on_rejected"] for line in lines[1:]) < 1.0
     assert lines[-1]["eval_rewards/margins"] > 0
-    saved = load_file(sorted((tmp_path / "checkpoint").iterdir())[-1] / "model.safetensors")
-    assert {"1.head.weight", "1.head.bias"} <= set(saved)
+    saved = FileSystemReader(sorted((tmp_path / "checkpoint").iterdir())[-1]).read_metadata().state_dict_metadata
+    assert {"model.1.head.weight", "model.1.head.bias"} <= set(saved)
     assert "head.weight" not in load_file(tmp_path / "model" / "epoch-10" / "model.safetensors")
 
 
@@ -233,7 +237,7 @@ def test_two_gradients_speak_at_every_step(method, tok, tmp_path):
     model = small.model(tok)
     pairs, _ = parts(made, tok, model) if METHODS[method].reference else (parts_without_reference(made, tok, model), 0)
     ws, ls = (gradients(model, c.logp.mean()) for c in pairs[:2])
-    line = made._step(0)
+    line = small.line(made, made._step(0))
     assert {f"entanglement/{name}" for name in NAMES} <= set(line)
     if method != "npo_pair":
         expected = entanglement(gram(ws, ls))
@@ -249,7 +253,7 @@ def test_one_gradient_is_probed_now_and_then(method, tok, tmp_path):
     pairs, _ = parts(made, tok, model) if METHODS[method].reference else (parts_without_reference(made, tok, model), 0)
     numbers = gram(*(gradients(model, c.logp.mean()) for c in pairs[:2]))
     before = [c.logp.mean().item() for c in pairs[:2]]
-    line = made._step(0)
+    line = small.line(made, made._step(0))
     after = [c.logp.mean().item() for c in parts_without_reference(made, tok, made.model)[:2]]
     for name, x, y in zip(("chosen", "rejected"), before, after):
         assert line[f"entanglement/realised_{name}"] == pytest.approx(y - x, abs=2e-5)
@@ -261,7 +265,7 @@ def test_one_gradient_is_probed_now_and_then(method, tok, tmp_path):
         expected = entanglement(numbers, d_w, d_l)
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert ("entanglement/case" in line) == (method != "sparse") and "entanglement/layer/0" in line
-    assert not any(name.startswith("entanglement/") for name in made._step(1))
+    assert not any(name.startswith("entanglement/") for name in small.line(made, made._step(1)))
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
@@ -283,3 +287,14 @@ def test_layers_are_logged_where_held_out_rows_are_measured(tok, tmp_path):
     assert [line["step"] for line in lines if "entanglement/layer/0" in line] == [3, 6]
     assert all(-1 <= line["entanglement/layer/0"] <= 1 for line in lines if "entanglement/layer/0" in line)
     assert all(math.isfinite(line["entanglement/cosine"]) for line in lines[1:])
+
+
+def test_layers_in_the_report(tok, tmp_path):
+    """One curve a run, the mean over its logged steps, from what training wrote; layers without number are left out."""
+    job = Job(tmp_path, "ogd", "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
+    train(job, small.model(tok), tok, CPU)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ((x, y),) = layers({"ogd": [SimpleNamespace(metrics=lines)]})["ogd"]
+    assert x.tolist() == [0, 1]
+    logged = [line["entanglement/layer/1"] for line in lines if "entanglement/layer/1" in line]
+    assert len(logged) == 2 and y[1] == pytest.approx(sum(logged) / 2)

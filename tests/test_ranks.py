@@ -1,0 +1,133 @@
+"""Training on several processes is training on one: same steps, same resume, one message a logged step, no one left behind."""
+
+import json
+
+import pytest
+import torch
+
+from harness.batches import deal, slots
+from tests import small
+from tests.test_distributed import ROOT, launch
+from tests.workers import training
+
+WORKER = str(ROOT / "tests" / "workers" / "training.py")
+SAME = ["plain:ogd", "uneven:dpo", "budget:sft", "recomputed:ogd", "lora:ogd", "plain:maxright_ogd", "plain:kto", "plain:npo"]
+NUMBERS = ("tokens_per_second", "padding")
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return small.tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+@pytest.fixture(scope="module")
+def worlds(tok, tmp_path_factory):
+    """What ranks wrote: `ask(case, ranks)`. One launch of two ranks and one of four; runs that go on meet in folders."""
+    folder = tmp_path_factory.mktemp("worlds")
+    training.run(folder / "from1", tok, "plain", "ogd", stop=3)
+    goes_on = ["goon:ogd@from1", "cut:ogd@from2", "cut:ogd@back", "cut:ogd@same", "goon:ogd@same"]
+    for n, cases in (
+        (2, [*SAME, *goes_on, "counted:dpo", "counted:ogd", "spoiled:ogd", "patience:"]),
+        (4, ["uneven:dpo", "goon:ogd@from2"]),
+    ):
+        end = launch(n, folder, *cases, worker=WORKER)
+        assert end["code"] == 0, end["said"][-8000:]
+
+    def ask(case, ranks):
+        files = [folder / f"{case.replace(':', '-')}.{ranks}.{rank}.json" for rank in range(ranks)]
+        return [json.loads(file.read_text()) for file in files]
+
+    ask.folder = folder
+    return ask
+
+
+def agree(found, expected, atol=1e-6):
+    torch.testing.assert_close(torch.tensor(found["parameters"]), torch.tensor(expected["parameters"]), rtol=0, atol=atol)
+    assert len(found["lines"]) == len(expected["lines"])
+    for got, want in zip(found["lines"], expected["lines"], strict=True):
+        assert got.keys() == want.keys()
+        assert all(got[k] == pytest.approx(want[k], rel=1e-3, abs=1e-3) for k in want if k not in NUMBERS)
+
+
+@pytest.fixture(scope="module")
+def whole(tok, tmp_path_factory):
+    return training.run(tmp_path_factory.mktemp("whole") / "run", tok, "plain", "ogd")
+
+
+@pytest.mark.parametrize(("case", "ranks"), [*((case, 2) for case in SAME), ("uneven:dpo", 4)])
+def test_many_processes_take_the_steps_of_one(case, ranks, worlds, tok, tmp_path):
+    """13 rows: the last batch leaves ranks without a row of their own (PITFALLS S22), and they run one that does not count."""
+    one = training.run(tmp_path / "one", tok, *case.split(":"))
+    for found in worlds(case, ranks):
+        agree(found, one)
+    start = training.vector(training.trainer(tmp_path / "start", tok, *case.split(":")).model)
+    assert (torch.tensor(one["parameters"]) - start).abs().max() > 1e-3  # so that an agreement to 1e-6 says something
+
+
+@pytest.mark.parametrize(("case", "ranks"), [("goon:ogd@from1", 2), ("goon:ogd@from2", 4), ("goon:ogd@same", 2)])
+def test_a_run_goes_on_with_other_processes(case, ranks, worlds, whole):
+    """Stopped by SIGTERM in the middle of an epoch, then 1 -> 2, 2 -> 4 and 2 -> 2 processes, from another start."""
+    for found in worlds(case, ranks):
+        agree(found, whole)
+
+
+def test_a_run_goes_on_in_one_process(worlds, whole, tok):
+    """2 -> 1."""
+    assert len(worlds("cut:ogd@back", 2)[0]["lines"]) == 5  # the start and four steps
+    agree(training.run(worlds.folder / "back", tok, "plain", "ogd", model_seed=99), whole)
+
+
+def test_the_same_processes_go_on_bit_for_bit(worlds):
+    for found, straight in zip(worlds("goon:ogd@same", 2), worlds("plain:ogd", 2)):
+        assert found["parameters"] == straight["parameters"]
+
+
+@pytest.mark.parametrize(("method", "messages"), [("dpo", 1), ("ogd", 2)])
+def test_a_step_has_few_messages_and_logging_it_one(method, messages, worlds):
+    """A step: the model's own gathers and reductions, one sum of Gram numbers, one more where changes are measured (ogd)."""
+    for found in worlds(f"counted:{method}", 2):
+        own = {name: n for name, n in found["step"][0].items() if not name.endswith("_base_")}
+        assert own == {"allreduce_": messages}
+        assert found["logging"][0] == {"allreduce_": 1}
+        assert found["logging"][1] == 1 or method == "ogd"  # a report's numbers are on the host already
+        forwards = 2 if method == "ogd" else 1
+        assert found["step"][1] - forwards * found["scoring"][1] <= messages + 1
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(worlds):
+    assert worlds("spoiled:ogd", 2) == [{"still": True, "skipped": 1.0, "count": 1}] * 2
+
+
+def test_work_of_the_first_process_may_take_longer_than_a_collective(worlds):
+    """And an error there ends the others too, who have nothing to say."""
+    first, second = worlds("patience:", 2)
+    assert first["found"] == second["found"] == "done" and "invalid literal" in first["error"] and second["error"] == ""
+
+
+@pytest.mark.parametrize("method", ["sparse", "npo_pair"])
+def test_methods_that_are_for_one_process_say_so(method, tok, tmp_path):
+    with pytest.raises(ValueError, match=f"method '{method}' runs in one process, and there are 2; start it with python"):
+        training.trainer(tmp_path, tok, "plain", method)._check_for_many(2)
+
+
+# ---- micro-batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("most", "budget"), [(1, None), (4, None), (4, 30), (64, 64), (3, 1)])
+def test_every_row_goes_to_one_process_and_all_have_equally_many_micro_batches(size, most, budget):
+    lengths = torch.randint(1, 25, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    dealt = [deal(lengths, most, budget, rank, size) for rank in range(size)]
+    assert len({len(micros) for micros in dealt}) == 1
+    rows = [row for micros in dealt for micro in micros if micro.counts for row in micro.rows]
+    assert sorted(rows) == list(range(37))
+    for micros in dealt:
+        assert all(len(micro.rows) <= most for micro in micros)
+        assert all(budget is None or len(micro.rows) == 1 or slots(lengths, micro) <= budget for micro in micros)
+
+
+def test_sorting_by_length_saves_padding():
+    lengths = torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    sorted_slots = sum(slots(lengths, micro) for micro in deal(lengths, most=8))
+    unsorted_slots = sum(8 * max(lengths[i : i + 8]) for i in range(0, 64, 8))
+    assert sorted_slots < 0.7 * unsorted_slots and sorted_slots < 1.15 * sum(lengths)

@@ -1,0 +1,148 @@
+"""One rank of many training runs: `training.py FOLDER CASE...` under torchrun; each writes FOLDER/CASE.RANK.json.
+
+A case is `what:method`. The runs are those of `run` in one process, which the ranks must agree with.
+"""
+
+import dataclasses
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor
+
+from harness.config import LoraConfig
+from harness.jobs import Job
+from harness.model import prepare
+from harness.progress import Speed, Stopped
+from harness.ranks import ALONE, FailedElsewhere, join
+from harness.train import Trainer
+from tests import small
+from tests.test_train import job
+from tests.workers.two_gradients import Watch
+
+LIMIT = timedelta(seconds=20)  # of a collective
+CPU = torch.device("cpu")
+OPTIONS = {
+    "plain": {},
+    "uneven": {"train_batch_size": 5, "per_device_train_batch_size": 1},  # 13 rows: batches of 5, 5, 3 on two and four ranks
+    "budget": {"per_device_train_tokens": 40, "per_device_train_batch_size": 4},
+    "recomputed": {},
+    "lora": {},
+}
+
+
+def settings(what):
+    lora = LoraConfig(r=2, lora_alpha=8) if what == "lora" else None
+    return dataclasses.replace(small.MODEL, lora=lora, gradient_checkpointing=what == "recomputed")
+
+
+def vector(model):
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def trainer(folder, tok, what, method, ranks=ALONE, model_seed=0, **changes):
+    options = dict(num_train_epochs=3, save_steps=1, eval_steps=3) | OPTIONS[what] | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    made: Job = job(folder, tok, method, small.preferences(tok, n=13), **options)
+    model = prepare(small.model(tok, model_seed), settings(what), CPU, 0, ranks)
+    return Trainer(made, model, tok, CPU, False, None, ranks)
+
+
+def run(folder, tok, what, method, ranks=ALONE, stop=None, **options):
+    """Train to the end, or until SIGTERM comes to the last rank in step `stop`; the parameters and the lines."""
+    found = trainer(folder, tok, what, method, ranks, **options)
+    step = found._step
+
+    def interrupted(k):
+        if k == stop and ranks.rank == ranks.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(k)
+
+    found._step = interrupted
+    try:
+        found.run()
+    except Stopped as stopped:
+        assert stop is not None and stopped.signal == signal.SIGTERM, stopped
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"parameters": vector(found.model).tolist(), "lines": lines}
+
+
+def counted(folder, tok, method, ranks):
+    """Messages and reads of a step, and of logging one."""
+    made = trainer(folder, tok, "plain", method, ranks)
+    made.reference = made._reference()
+    made._step(0)
+    with Watch() as scoring:
+        made._logps(small.preferences(tok, n=4).winners)  # what the model's own forward asks
+    with Watch() as step:
+        taken = made._step(1)
+    speed = Speed()
+    speed.lap()
+    with Watch() as logging:
+        made._line(taken, [], speed)
+    return {name: [x.collectives, x.reads] for name, x in {"scoring": scoring, "step": step, "logging": logging}.items()}
+
+
+def spoiled(folder, tok, method, ranks):
+    """A step whose loss is not a number on the last rank alone."""
+    made = trainer(folder, tok, "plain", method, ranks)
+    made.reference = made._reference()
+    before, score = vector(made.model), made._score
+
+    def bad(*args, **named):
+        found = score(*args, **named)
+        factor = float("nan") if ranks.rank == ranks.size - 1 else 1.0
+        return found._replace(logps=found.logps * factor)
+
+    made._score = bad
+    line = small.line(made, made._step(0))
+    return {"still": torch.equal(before, vector(made.model)), "skipped": line["skipped"], "count": made.optimizer.skipped_steps}
+
+
+def patience(folder, tok, method, ranks):
+    """What the first process does for all takes longer than a collective may; then it fails."""
+    found = ranks.tell(lambda: time.sleep(LIMIT.seconds + 2) or "done")
+    try:
+        ranks.tell(lambda: int("x"))
+    except FailedElsewhere as error:
+        return {"found": found, "error": str(error)}
+    except ValueError as error:
+        return {"found": found, "error": str(error)}
+
+
+def main(folder, cases):
+    faulthandler.dump_traceback_later(150, exit=True)  # a rank that hangs says where
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    dist.init_process_group("gloo", timeout=LIMIT)
+    ranks, _ = join("cpu")
+    tok = small.tokenizer(folder / f"tok-{ranks.size}-{ranks.rank}")
+    others = {"counted": counted, "spoiled": spoiled, "patience": patience}
+    for case in cases:
+        what, _, rest = case.partition(":")
+        name, _, where = rest.partition("@")
+        home = folder / (where or f"{case.replace(':', '-')}-{ranks.size}")
+        if what in others:
+            result = others[what](home, tok, name, ranks)
+        elif what == "cut":
+            result = run(home, tok, "plain", name, ranks, stop=3)
+        elif what == "goon":
+            result = run(home, tok, "plain", name, ranks, model_seed=99)
+        else:
+            result = run(home, tok, what, name, ranks)
+        (folder / f"{case.replace(':', '-')}.{ranks.size}.{ranks.rank}.json").write_text(json.dumps(result))
+    ranks.wait()  # a rank that leaves early takes the connections of the other with it
+    os._exit(0)  # tearing down while the interpreter exits hangs now and then
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
