@@ -37,11 +37,6 @@ def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_i
             f"no reward model can be made of {str(name_or_path)!r} ({str(error).strip().splitlines()[0]}); expected a folder "
             "or hub id of an architecture that transformers has a sequence classification model for"
         ) from error
-    if not hasattr(model, "score"):
-        raise ValueError(
-            f"{type(model).__name__} has no `score` head on its last hidden state; expected a decoder such as mistral, llama "
-            "or gpt2"
-        )
     model.config.pad_token_id = pad_token_id
     return model
 
@@ -54,13 +49,10 @@ class RewardTrainer(Trainer):
     ) -> Completion:
         """Rewards as completions, (B, T - 1): the reward at the last scored token and 0 at the others, adding up to it."""
         batch = collate(examples, self.tokenizer.pad_token_id, False).to(self.device)
-        scored, model = batch.loss_mask[:, 1:], self.model
-        with self.autocast:
-            hidden = model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).last_hidden_state
-            ends = batch.attention_mask.long().sum(1) - 1
-            rewards = model.score(hidden[torch.arange(len(ends), device=ends.device), ends])[:, 0].float()  # type: ignore[operator]
+        scored = batch.loss_mask[:, 1:]
+        with self.autocast:  # its own forward pass, so that whoever loads the exported model gets the same rewards
+            rewards = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float()
+        ends = batch.attention_mask.long().sum(1) - 1
         places = torch.zeros(scored.shape, device=rewards.device).scatter(1, ends[:, None] - 1, rewards[:, None])
         return Completion(places, scored)
 
