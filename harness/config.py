@@ -380,6 +380,9 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     data_dir: str | None = None
     """Folder that `{data_dir}` in paths stands for, so that a recipe can name files without knowing where they are."""
+    report_to: list[str] = field(default_factory=lambda: ["auto"])
+    """Experiment trackers that hear what metrics.jsonl holds: tensorboard, wandb, trackio, ... (accelerate's names); auto:
+    tensorboard where it is installed; none."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     threads: int | None = None
@@ -405,6 +408,7 @@ LISTS = {
     "--joint.lambdas",
     "--joint.evaluate_every",
     "--evals.lm_eval_tasks",
+    "--report_to",
 } | {f"--{stage}.data.{part}" for stage in ("sft", "preference", "joint") for part in ("train", "eval")}
 """Options that also take plain commas: --methods ogd,dpo."""
 

@@ -43,6 +43,10 @@ class Job:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     probe_steps: int | None = None
     """Look into every so many steps of a method of one gradient (`preference.probe_steps`)."""
+    report_to: Sequence[str] = ()
+    """Names of experiment trackers (`harness.trackers`)."""
+    project: str = ""
+    """The study's name, for trackers."""
 
     def __post_init__(self) -> None:
         if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):

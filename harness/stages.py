@@ -30,6 +30,7 @@ from harness.methods import METHODS, RunSpec, check_loss_args, runs
 from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
 from harness.ranks import ALONE, Ranks
 from harness.reward import RewardTrainer, load_reward_model
+from harness.trackers import chosen
 from harness.train import train
 from harness.world import make_world
 from ogdopt.three_d import Thresholds
@@ -48,6 +49,7 @@ class SeedStudy:
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_thresholds(config.preference.warn_at)
+        self.report_to = chosen(config.report_to)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         check_loss_args(config.preference.loss_args)
         for name, stage in (("sft", config.sft), ("preference", config.preference)):
@@ -90,6 +92,7 @@ class SeedStudy:
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
+                job = dataclasses.replace(job, report_to=self.report_to, project=config.study.name)
                 model = prepare(model, config.model.at_stage("sft"), self.device, config.sft.seed, self.ranks)
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
@@ -167,6 +170,8 @@ class SeedStudy:
             loss_args=config.preference.loss_args.get(spec.method, {}),
             sparse=config.preference.sparse,
             probe_steps=config.preference.probe_steps,
+            report_to=self.report_to,
+            project=config.study.name,
         )
         if METHODS[spec.method].reward:
             model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)

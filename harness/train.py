@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from harness.meter import Meter, utilization
 from harness.model import export, model_card
 from harness.progress import Bar, Speed, Stopped, Taken, stop_signals
 from harness.ranks import ALONE, Ranks
+from harness.trackers import Trackers
 from ogdopt import StepReport
 from ogdopt.diagnostics import Probe, entanglement
 from ogdopt.gram import Gram
@@ -67,6 +68,9 @@ class Trainer(Collector):
         if job.joint is not None and self.method.schedule is not None:
             self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
         self.watch = ThreeD(Thresholds(**job.thresholds))
+        run = "/".join(job.directory.parts[-2:])
+        names = job.report_to if self.ranks.first else ()
+        self.trackers = Trackers(names, job.project, run, job.directory, {"method": job.method} | job.recipe)
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start."""
@@ -78,7 +82,8 @@ class Trainer(Collector):
             self.sparse.reference = self.reference["train_tokens"]
         progress = self._restored()
         meter, speed = Meter(self.device), Speed()
-        with Bar(job.label, plan.steps, progress.step, self.ranks.first) as bar, stop_signals() as asked:
+        bar = Bar(job.label, plan.steps, progress.step, self.ranks.first)
+        with closing(self.trackers), bar, stop_signals() as asked:
             while progress.step < plan.steps and not progress.enough:
                 with meter:
                     taken = self._step(progress.step)
@@ -222,6 +227,7 @@ class Trainer(Collector):
         if self.ranks.first:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self.trackers.log(line)
 
     def _truncate_metrics(self, size: int) -> None:
         """Forget the lines behind the checkpoint: those steps are taken again."""
