@@ -11,7 +11,7 @@ With P parameters in w bytes each (4 in float32, 2 in bfloat16), computed on in 
                                a live layer: c S (outputs of its linear maps + 3 h + the MLP's inner widths once more)
     logits                     scored tokens, a chunk of them at most, x vocabulary x (c + 12): as computed, in float32,
                                log-softmax, gradient
-    optimizer's temporary      the largest parameter, twice; with `foreach` every parameter
+    optimizer's temporary      of the largest parameter, with `foreach` of every parameter: two (RMSprop) or three (Adam)
 
 for hidden size h and L layers; of a Mistral layer that is c S (6 h + 2 kv + 4 ff). The accounting of states is that of ZeRO
 (arXiv:1910.02054), that of activations Korthikanti et al.'s (arXiv:2205.05198) with attention that keeps no score matrix (sdpa,
@@ -33,6 +33,8 @@ from harness.model import HEAD_CHUNK, blocks, meta_model
 
 SIZES = {"float32": 4, "bfloat16": 2}
 STATES = {"RMSprop": 1, "Adam": 2, "AdamW": 2, "SGD": 0}
+TEMPORARIES = {"RMSprop": 2, "Adam": 3, "AdamW": 3, "SGD": 0}
+"""Tensors of a parameter's size that are alive together in the optimizer's step (tests/test_step_memory.py)."""
 """Copies of every trained parameter that an optimizer of torch keeps, in the parameter's own type."""
 
 
@@ -135,7 +137,7 @@ def parts(
     found["activations"] = c * slots * shape.hidden * shape.layers + live if checkpointed else live * shape.layers
     found["logits"] = min(load.scored, HEAD_CHUNK) * shape.vocabulary * (c + 12)
     largest = share if stage.optimizer_args.get("foreach") else math.ceil(shape.largest / load.world_size)
-    found["optimizer's temporary"] = 2 * w * min(largest, share)
+    found["optimizer's temporary"] = TEMPORARIES[stage.optimizer] * w * min(largest, share)
     return found
 
 
