@@ -167,6 +167,10 @@ def _state(progress: Progress, optimizer: Optimizer, scheduler: Any) -> dict[str
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Weights as `model.<name>` and the optimizer's state as `optimizer.<name>.<key>`, tensors alone."""
     weights = trained(model)
+    strangers = optimizer.state.keys() - set(model.parameters())
+    assert not strangers, (
+        f"the optimizer keeps state of {len(strangers)} tensors that are not the model's: is it still gathered?"
+    )
     tensors = {f"model.{name}": p for name, p in weights.items()}
     for name, p in model.named_parameters():
         if name in weights:

@@ -82,30 +82,39 @@ class Scorer:
         A, B = (self.reference[f"train_{side}"][indices].to(self.device) for side in ("chosen", "rejected"))
         return A, B
 
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Passes without gradients, and without the dropout that adapters may have."""
+        model = self.model
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            model.train()
+            if isinstance(plain := bare(model), FSDPModule):
+                plain.reshard()  # what lies outside of the layers stays gathered until a backward pass, and none comes
+
     def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
         """The scored tokens of each example, (1, T - 1), on the CPU, without gradients, in every process."""
         found: dict[int, Completion] = {}
-        self.model.eval()  # adapters may have dropout
-        with torch.no_grad():
+        with self._looking():
             for micro in self._deal(examples):
                 scored = Completion(*(x.cpu() for x in self._score([examples[i] for i in micro.rows], on_prompt)))
                 if micro.counts:
                     rows = zip(micro.rows, scored.logps, scored.mask, strict=True)
                     found |= {i: Completion(logps[None], mask[None]) for i, logps, mask in rows}
-        self.model.train()
         together = {i: completion for part in self.ranks.gather(found) for i, completion in part.items()}
         return [together[i] for i in range(len(examples))]
 
     def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
         found = torch.zeros(2, len(examples), device=self.device)
-        self.model.eval()  # adapters may have dropout
-        with torch.no_grad():
+        with self._looking():
             for micro in self._deal(examples):
                 completion = self._score([examples[i] for i in micro.rows], on_prompt)
                 if micro.counts:
                     found[:, micro.rows] = torch.stack([completion.logp, completion.length.to(completion.logp.dtype)])
-        self.model.train()
         sums, lengths = self.ranks.sum(found).cpu()
         return sums, lengths
 

@@ -29,7 +29,7 @@ def chosen(report_to: Sequence[str]) -> list[str]:
     found = []
     for name in report_to:
         if name == AUTO:
-            found += ["tensorboard"] * is_tensorboard_available()
+            found += ["tensorboard"] if is_tensorboard_available() else []
         elif name != NONE:
             if name not in tracking.LOGGER_TYPE_TO_CLASS:
                 known = ", ".join(map(str, tracking.LOGGER_TYPE_TO_CLASS))

@@ -105,7 +105,7 @@ def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
 
 
 def test_which_are_chosen(monkeypatch):
-    assert chosen(["auto"]) == ["tensorboard"] * is_tensorboard_available() and chosen(["none"]) == chosen([]) == []
+    assert chosen(["auto"]) == (["tensorboard"] if is_tensorboard_available() else []) and chosen(["none"]) == chosen([]) == []
     monkeypatch.setattr(trackers, "is_tensorboard_available", lambda: False)
     assert chosen(["auto"]) == []
 

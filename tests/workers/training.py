@@ -134,7 +134,7 @@ def main(folder, cases):
         if what in others:
             result = others[what](home, tok, name, ranks)
         elif what == "cut":
-            result = run(home, tok, "plain", name, ranks, stop=3)
+            result = run(home, tok, "plain", name, ranks, stop=2)  # saved right behind a measurement, with no export between
         elif what == "goon":
             result = run(home, tok, "plain", name, ranks, model_seed=99)
         else:
