@@ -84,6 +84,11 @@ class Gram(NamedTuple):
         ww, wl, ll = (torch.stack([part.sum() for part in x.split(list(sizes))]) for x in self[:3])
         return Gram(ww, wl, ll, *self[3:])
 
+    def cancels(self, a: Tensor, b: Tensor) -> bool:
+        """Whether in some block less than a tenth of `a g_w` is left in `a g_w + b g_l`; asks the device."""
+        kept, left = a * a * self.ww, a * (a * self.ww + 2 * b * self.wl) + b * (b * self.ll)
+        return not bool((left >= 0.01 * kept).all())
+
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
         """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone."""
         # a * a and b * b alone may leave the range of float64 where the two gradients differ in scale by 1e154.
@@ -97,7 +102,7 @@ def gram(
     loss: Tensor | None = None,
     device: torch.device | None = None,
     expected: tuple[bool, bool] = (False, False),
-    rows: Sequence[Tensor] | None = None,
+    rows: Sequence[Tensor] | Tensor | None = None,
 ) -> Gram:
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
@@ -118,7 +123,7 @@ def gram(
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
     device = local(present[0]).device if present else device
     rows = [products(w, l) for w, l in zip(winner, loser)] if rows is None else rows
-    numbers = torch.stack([row.to(device) for row in rows])
+    numbers = rows.to(device) if isinstance(rows, Tensor) else torch.stack([row.to(device) for row in rows])
     parallel = max((PARALLEL.get(g.dtype.to_real(), 1e-6) for g in present), default=1e-12)
     if loss is not None:
         numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
@@ -163,20 +168,41 @@ def parts(value: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     return [value] if isinstance(value, Tensor) else value
 
 
-def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor) -> None:
+def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor, cancels: bool = True) -> None:
     """`winner <- a winner + b loser` in place; `a` and `b` are float64 scalars of shape ().
 
-    The sum is formed in float64 chunk by chunk and rounded once, so that what is left of <u, g_l> is the rounding of
-    single elements and not that of the coefficient.
+    What is left of <u, g_l> is the rounding of single elements and not that of the coefficient: the sum is formed in float64
+    chunk by chunk and rounded once. Where the two are known not to cancel (`cancels=False`), so that a rounding of the winner
+    is one of the sum too, float32 on a CPU is summed as a (winner + b/a loser), with b/a in two parts: a third of the time.
     """
+    w = local(winner)
     if loser is None:
-        target = local(winner)
-        target.mul_(a.to(target.device))
+        w.mul_(a.to(w.device))
         return
-    for w, l in chunks(local(winner), local(loser)):
-        x = w.to(torch.float64, copy=True)
-        x.mul_(a.to(x.device)).addcmul_(l.to(x), b.to(x.device))
-        w.copy_(x)
+    l = local(loser)
+    if not cancels and w.device.type == "cpu" and isinstance(l, Tensor) and _mix_float32(w, l, a.item(), b.item()):
+        return
+    for x, y in chunks(w, l):
+        z = x.to(torch.float64, copy=True)
+        z.mul_(a.to(z.device)).addcmul_(y.to(z), b.to(z.device))
+        x.copy_(z)
+
+
+def _mix_float32(w: Tensor, l: Tensor, a: float, b: float) -> bool:
+    """`mix_` without float64; False, and nothing is done, where that does not apply."""
+    if (a, b) == (1.0, 0.0):
+        return True
+    plain = w.dtype == l.dtype == torch.float32 and w.is_contiguous() and l.is_contiguous()
+    if not plain or a == 0 or not abs(b) < 1e30 * abs(a):
+        return False
+    ratio = b / a
+    digits, exponent = math.frexp(ratio)
+    first = math.ldexp(round(256 * digits), exponent - 8)  # its products with elements are not rounded where the rest begins
+    for x, y in zip(w.view(-1).split(2 * CPU_CHUNK), l.view(-1).split(2 * CPU_CHUNK)):
+        x.add_(y, alpha=first).add_(y, alpha=ratio - first)
+        if a != 1:
+            x.mul_(a)
+    return True
 
 
 def blocks_of(sizes: Sequence[int]) -> list[int]:

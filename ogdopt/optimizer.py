@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ogdopt import fused as fused_forms
 from ogdopt import metric as own_metric
 from ogdopt import stored
 from ogdopt.gram import (
@@ -92,6 +93,10 @@ class PairedGradient(Wrapper):
     scale) rounded, "cpu" in the host's memory, or "recompute": not at all, at the price of a second pass of the winner's
     closure. With `measure_change` the report says what the step did to both losses (it clones the parameters for it).
 
+    With `fused` the inner products, the mixture with its clipping and, for RMSprop, Adam, AdamW and SGD, the base's update are
+    compiled into two passes over memory (`ogdopt.fused`), equal to the others within rounding; the first step takes some
+    seconds to compile. What cannot be fused is done as without, after a warning that says why; `unfused` keeps the reason.
+
     `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
     gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient.
 
@@ -119,6 +124,7 @@ class PairedGradient(Wrapper):
         set_aside: SetAside = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         measure_change: bool = False,
+        fused: bool = False,
         process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
     ) -> None:
@@ -158,6 +164,7 @@ class PairedGradient(Wrapper):
         self.metric: Metric = metric
         self.set_aside: SetAside = set_aside
         self.measure_change = measure_change
+        self.fused = fused
         self.on_nonfinite = on_nonfinite
         self.process_group = process_group
         self.model = model
@@ -167,6 +174,7 @@ class PairedGradient(Wrapper):
         super()._set_up()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
         self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False, "told": False}
+        self._box["unfused"] = ""
         self._forget()
         if hasattr(self.base, "_optimizer_step_pre_hooks"):  # some wrappers never called Optimizer.__init__
             self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
@@ -220,7 +228,9 @@ class PairedGradient(Wrapper):
         put on both losses and takes off before the step (`scaler.get_scale()`); only `metric="optimizer"` needs to know it.
         Raises GradientError without a winner's gradient.
         """
-        return self._mix(clip=False, grad_scale=grad_scale)
+        entries, report = self._gathered(grad_scale)
+        self._mix(entries, report, torch.ones_like(report.norm), grad_scale)
+        return report
 
     def step(self, closure: Closure | Sequence[Closure] | None = None, loser: Closure | None = None) -> StepReport:  # type: ignore[override]
         """Mix the two gradients, clip, step the base, clear; the report says what happened.
@@ -244,7 +254,16 @@ class PairedGradient(Wrapper):
             self._run("winner" if loser is not None else None, winner)
         collected = box["winner"] is not None or box["loser"] is not None or box["active"]
         ours = collected or box["mixture"] is not None
-        report = self._recompute(twice) if twice else self._mix(clip=True) if collected else self._adopt()
+        if collected and not twice:
+            entries, report = self._gathered()
+            if report.norm.isfinite():
+                if self._step_fused(entries, report):
+                    self._forget()
+                    return report
+                self._mix(entries, report, report.scale)
+            del entries  # so that the loser's gradient is free before the base steps
+        else:
+            report = self._recompute(twice) if twice else self._adopt()
         if not report.norm.isfinite():
             self._refuse(report)
             return report
@@ -494,7 +513,8 @@ class PairedGradient(Wrapper):
         return alone
 
     @torch.no_grad()
-    def _mix(self, clip: bool, grad_scale: float = 1.0) -> StepReport:
+    def _gathered(self, grad_scale: float = 1.0) -> tuple[list[Entry], StepReport]:
+        """What the contexts left, and what the rule makes of it; nothing is written."""
         box = self._box
         if box["active"]:
             raise GradientError(f"project() or step() was called inside {box['active']}(); close that context first")
@@ -506,22 +526,66 @@ class PairedGradient(Wrapper):
                 "contexts use 'int8' or torch.bfloat16"
             )
         groups = {p: group for group in reversed(self.param_groups) for p in group["params"]}
-        losers, paired = box["loser"] or {}, box["loser"] is not None
+        losers = box["loser"] or {}
         entries = [Entry(groups[p], p, box["winner"].get(p), losers.get(p)) for p in self._parameters()]
-        report = self._measure(entries, paired, grad_scale)
-        scale = report.scale if clip else torch.ones_like(report.norm)
+        box["report"] = report = self._measure(entries, box["loser"] is not None, grad_scale)
+        return entries, report
+
+    @torch.no_grad()
+    def _mix(self, entries: list[Entry], report: StepReport, scale: Tensor, grad_scale: float = 1.0) -> None:
+        """Put the mixture, times `scale`, into p.grad."""
         a, b = report.a * scale, report.b * scale
-        for k, (_, p, w, l) in zip(self._blocks(), entries):
-            if l is not None and w is None:
-                w = torch.zeros_like(p)
-            if w is not None:
-                mix_(w, l, a[k], b[k])
-                p.grad = w
-        again = paired and (self.measure_change or self.metric == "optimizer")
+        blocks = self._blocks()
+        alone = [e if e.w is not None or e.l is None else e._replace(w=torch.zeros_like(e.p)) for e in entries]
+        present = [(k, e) for k, e in zip(blocks, alone) if e.w is not None]
+        places = [k for k, _ in present]
+        if not self._compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
+            cancels = a.device.type != "cpu" or report.blocks.cancels(report.a, report.b)
+            for k, (_, _, w, l) in present:
+                assert w is not None
+                mix_(w, l, a[k], b[k], cancels)
+        for _, e in present:
+            e.p.grad = e.w
+        again = self._box["loser"] is not None and (self.measure_change or self.metric == "optimizer")
         self._forget()
-        box["mixture"] = Mixture(entries if again else [], report, grad_scale, torch.ones_like(report.norm))
-        box["report"] = report
-        return report
+        self._box["mixture"] = Mixture(entries if again else [], report, grad_scale, torch.ones_like(report.norm))
+
+    @torch.no_grad()
+    def _step_fused(self, entries: list[Entry], report: StepReport) -> bool:
+        """Mix and step the base in one pass, p.grad left empty; False where that cannot be."""
+        if not self.fused:
+            return False
+        why = fused_forms.refused(self.base)
+        if len(self.base._optimizer_step_pre_hooks) > 1 or self.base._optimizer_step_post_hooks:
+            why = "the base has step hooks, which a fused step would not call"
+        if self.measure_change or self.metric == "optimizer":
+            option = "measure_change=True" if self.measure_change else "metric='optimizer'"
+            why = f"{option} needs the gradient that the base gets, which a fused step does not write"
+        if why:
+            self._tell_unfused(why)
+            return False
+        blocks = self._blocks()
+        a, b = (report.a * report.scale)[blocks], (report.b * report.scale)[blocks]
+        ps, ws, ls = ([e[k] for e in entries] for k in (1, 2, 3))
+        if not self._compiled(fused_forms.step, self.base, ps, ws, ls, a, b):
+            return False
+        self.base._opt_called = True  # type: ignore[attr-defined]  # schedulers of the base ask for it
+        return True
+
+    def _compiled(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What a fused form returns; None without `fused`, and where it cannot be compiled, which is told once."""
+        if not self.fused or self._box["unfused"].startswith("torch.compile"):
+            return None
+        try:
+            return work(*arguments)
+        except fused_forms.Unavailable as error:
+            self._tell_unfused(str(error))
+            return None
+
+    def _tell_unfused(self, why: str) -> None:
+        if self._box["unfused"] != why:
+            self._box["unfused"] = why
+            warnings.warn(f"fused=True: {why}; the step is taken without, with the same result", stacklevel=4)
 
     def _adopt(self) -> StepReport:
         """Take what is in p.grad as it is (a projected gradient, unscaled or not, or a plain one), and clip it."""
@@ -586,6 +650,7 @@ class PairedGradient(Wrapper):
             self._tell([e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None])
         sizes = self._block_sizes()
         expected = (self._box["winner"] is not None, self._box["loser"] is not None)
+        rows = self._compiled(fused_forms.rows, ws, ls) if rows is None and paired else rows
         tensors = gram(ws, ls, self.process_group, loss, entries[0].p.device, expected, rows)
         blocks = tensors.pooled(sizes)
         self._box["measured"] = blocks
@@ -655,6 +720,11 @@ class PairedGradient(Wrapper):
         return self._box["skipped"]
 
     @property
+    def unfused(self) -> str:
+        """Why `fused=True` was not followed, "" where it was (and before the first step)."""
+        return self._box["unfused"]
+
+    @property
     def counters(self) -> Counters:
         """`skipped_steps` as a part of a checkpoint: `dcp.save({"model": ..., "optim": ..., "ogdopt": opt.counters})`."""
         return Counters(self._box)
@@ -673,7 +743,7 @@ class PairedGradient(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "rule", "max_norm", "scope", "metric", "set_aside", "on_nonfinite", "measure_change")
-        names += ("process_group", "model")
+        names += ("fused", "process_group", "model")
         return {name: getattr(self, name) for name in names} | {"skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -686,6 +756,7 @@ class PairedGradient(Wrapper):
         options = f"rule={_name(self.rule)}, max_norm={self.max_norm}, scope={self.scope!r}"
         options += "" if self.metric == "euclidean" else f", metric={self.metric!r}"
         options += "" if self.set_aside is None else f", set_aside={self.set_aside!r}"
+        options += ", fused=True" if self.fused else ""
         return f"{type(self).__name__}({self.base!r}, {options})"
 
 
@@ -734,6 +805,7 @@ class ProjectedGradient(PairedGradient):
         set_aside: SetAside = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         measure_change: bool = False,
+        fused: bool = False,
         process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
     ) -> None:
@@ -746,6 +818,7 @@ class ProjectedGradient(PairedGradient):
             set_aside=set_aside,
             on_nonfinite=on_nonfinite,
             measure_change=measure_change,
+            fused=fused,
             process_group=process_group,
             model=model,
         )

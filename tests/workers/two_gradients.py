@@ -51,6 +51,7 @@ OPTIONS = {
     "int8": {"set_aside": "int8"},
     "cpu": {"set_aside": "cpu"},
     "recompute": {"set_aside": "recompute"},
+    "fused": {"fused": True},
 }
 """Ways of stepping that are tried in several layouts."""
 

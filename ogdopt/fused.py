@@ -1,0 +1,373 @@
+"""The two passes over gradients and the base's update as compiled loops that read and write each number once.
+
+The formulas are plain torch and run as they stand, which is what tests compare their compiled forms with. torch.compile makes
+C++ of them on a CPU and Triton on a GPU, for a few tensors a call and with sizes left open, so that nothing is compiled twice.
+
+On a CPU products are summed in float32 over blocks of 1,024 and in float64 beyond: as fast as memory, and right to 1e-9. Where
+float32 squares leave their range the sums are taken again by `gram.products`. A GPU sums in float64 throughout.
+
+The mixture is formed as a (w + r l) with r = b / a in two parts, since the rounding of one float32 number would be left, times
+g_l, in the direction of g_l. Where the base's update follows it is never written: two reads for the inner products, then one
+read of g_w, g_l, the parameter and its state, and one write of the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from ogdopt.gram import local, mix_, products
+from ogdopt.stored import Stored
+
+BLOCK = 1024
+WIDTH = 64
+"""Elements that sizes are counted in where there is nothing to add up."""
+TOGETHER = 4
+"""Tensors a call: enough that calling costs little beside the work, few enough that compiling does."""
+LEAST, MOST = 1e-34, 1e30
+"""Mean squares in between are safe in float32; below, digits are lost to underflow."""
+CLOSE = 1e-6
+"""1 - cos^2 under which float32 products are too coarse to tell parallel gradients from others."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONTRACT = "cpp.enable_floating_point_contract_flag"  # lets a CPU multiply and add in one instruction
+REFUSED = ("amsgrad", "centered", "maximize", "capturable", "differentiable")
+"""Options of the bases that have no fused form."""
+
+
+class Unavailable(RuntimeError):  # noqa: N818 - names what is the matter
+    """Why something cannot be compiled here."""
+
+
+# ---- formulas: elementwise, of any shape; inner products over blocks of the last dimension -----------------------------------
+
+
+def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ww, wl, ll, float64."""
+    if w.device.type == "cpu":
+        x, y = w.float(), l.float()
+        return (x * x).sum(-1).double().sum(), (x * y).sum(-1).double().sum(), (y * y).sum(-1).double().sum()
+    x, y = w.double(), l.double()
+    return (x * x).sum(), (x * y).sum(), (y * y).sum()
+
+
+def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
+    """c[3] (c[0] w + (c[1] + c[2]) l), float32."""
+    x = w.float() * c[0]
+    if l is not None:
+        y = l.float()
+        x = x + (y * c[1] + y * c[2])
+    return x * c[3]
+
+
+def rmsprop(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
+    """torch.optim.RMSprop; h = (lr, weight_decay, alpha, 1 - alpha, eps, momentum)."""
+    g = g + p.float() * h[1]
+    v = states[0].float() * h[2] + g * g * h[3]
+    states[0].copy_(v)
+    u = g / (v.sqrt() + h[4])
+    if len(states) > 1:
+        u = states[1].float() * h[5] + u
+        states[1].copy_(u)
+    p.copy_(p.float() - u * h[0])
+
+
+def adam(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
+    """torch.optim.Adam and AdamW; h = (step size, weight_decay, 1 - beta1, beta2, 1 - beta2, eps, correction, shrink).
+
+    The step size is lr / (1 - beta1^t), the correction sqrt(1 - beta2^t), and shrink what a decoupled weight decay leaves.
+    """
+    g = g + p.float() * h[1]
+    m = states[0].float() + (g - states[0].float()) * h[2]
+    v = states[1].float() * h[3] + g * g * h[4]
+    states[0].copy_(m)
+    states[1].copy_(v)
+    p.copy_(p.float() * h[7] - m / (v.sqrt() / h[6] + h[5]) * h[0])
+
+
+def sgd(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
+    """torch.optim.SGD; h = (lr, weight_decay, momentum, 1 - dampening, share of g, share of the buffer)."""
+    g = g + p.float() * h[1]
+    if len(states) > 0:
+        b = states[0].float() * h[2] + g * h[3]
+        states[0].copy_(b)
+        g = g * h[4] + b * h[5]
+    p.copy_(p.float() - g * h[0])
+
+
+class Base(NamedTuple):
+    """What the fused form of a torch optimizer needs to know of it."""
+
+    update: Callable[..., None]
+    states: Callable[[dict[str, Any]], tuple[str, ...]]
+    """The keys of its state that the update reads and writes, for a group's settings."""
+    numbers: Callable[[dict[str, Any], Tensor], Sequence[Any]]
+    """The update's `h`, for a group's settings and the numbers of steps with this one, (n,): floats, or tensors (n,)."""
+
+
+def _adam_numbers(group: dict[str, Any], t: Tensor, decoupled: bool = False) -> Sequence[Any]:
+    (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), float(group["weight_decay"])
+    decoupled = decoupled or group.get("decoupled_weight_decay", False)
+    shrink, added = (1 - lr * decay, 0.0) if decoupled else (1.0, decay)
+    return lr / (1 - beta1**t), added, 1 - beta1, beta2, 1 - beta2, group["eps"], (1 - beta2**t).sqrt(), shrink
+
+
+def _sgd_numbers(group: dict[str, Any], _: Tensor) -> Sequence[Any]:
+    momentum, ahead = group["momentum"], group["nesterov"]
+    shares = (1.0, momentum) if ahead else (0.0, 1.0)
+    return float(group["lr"]), group["weight_decay"], momentum, 1 - group["dampening"], *shares
+
+
+def _rmsprop_numbers(group: dict[str, Any], _: Tensor) -> Sequence[Any]:
+    alpha = group["alpha"]
+    return float(group["lr"]), group["weight_decay"], alpha, 1 - alpha, group["eps"], group["momentum"]
+
+
+BASES: dict[type[Optimizer], Base] = {
+    RMSprop: Base(rmsprop, lambda g: ("square_avg", "momentum_buffer")[: 1 + (g["momentum"] > 0)], _rmsprop_numbers),
+    Adam: Base(adam, lambda _: ("exp_avg", "exp_avg_sq"), _adam_numbers),
+    AdamW: Base(adam, lambda _: ("exp_avg", "exp_avg_sq"), lambda g, t: _adam_numbers(g, t, decoupled=True)),
+    SGD: Base(sgd, lambda g: ("momentum_buffer",) if g["momentum"] else (), _sgd_numbers),
+}
+
+
+def refused(base: Optimizer) -> str:
+    """Why a base's step cannot be fused; "" where it can."""
+    if type(base) not in BASES:
+        return f"{type(base).__name__} has no fused form (RMSprop, Adam, AdamW and SGD have)"
+    for group in base.param_groups:
+        for name in REFUSED:
+            if group.get(name):
+                return f"{type(base).__name__} with {name} has no fused form"
+        for p in group["params"]:
+            if p.dtype not in DTYPES:
+                return f"a parameter is {p.dtype}, and fused forms compute in float32"
+    return ""
+
+
+# ---- the three passes, over lists of gradients ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
+    """`gram.products` of every pair, (P, 3), for `gram.gram(rows=...)`.
+
+    Raises Unavailable, like `mix` and `step` before anything is changed.
+    """
+    bundles = [None if w is None or l is None else _blocks(BLOCK, w, l) for w, l in zip(ws, ls)]
+    places, values = [], []
+    for batch, run in _plan(_inner_of_all, bundles, ()):
+        values += run([bundles[i] for i in batch])
+        places += batch
+    found = [torch.stack(values).view(-1, 3)] if values else []
+    short: dict[Any, list[int]] = {}
+    for i, (w, l) in enumerate(zip(ws, ls)):
+        if bundles[i] is None and isinstance(w, Tensor) and isinstance(l, Tensor) and 0 < w.numel() < 2 * BLOCK:
+            short.setdefault((local(w).shape, w.dtype, l.dtype, w.device), []).append(i)
+        elif bundles[i] is None:
+            found.append(products(w, l)[None])
+            places.append(i)
+    for some in short.values():  # one call for all of a length: norms and biases
+        x, y = (torch.stack([local(g[i]) for i in some]).double().flatten(1) for g in (ws, ls))
+        found.append(torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)], 1))
+        places += some
+    numbers = torch.cat([part.to(found[0].device) for part in found])
+    numbers = torch.empty_like(numbers).index_copy_(0, torch.tensor(places, device=numbers.device), numbers)
+    for i in _coarse(numbers, ws):
+        numbers[i] = products(ws[i], ls[i])
+    return numbers
+
+
+@torch.no_grad()
+def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
+    """`gram.mix_` of every pair in place: `w <- a w + b l` with the entries of `a` and `b`, (P,)."""
+    bundles = [_blocks(WIDTH, w, l) for w, l in zip(ws, ls)]
+    table, work = _coefficients(a, b), _mixed_all
+    if a.device.type == "cpu":  # where asking costs nothing
+        if ((a == 1) & (b == 0)).all():
+            return True
+        work = _added_all if (a == 1).all() and all(l is not None for l in ls) else work
+    _run(work, bundles, (table,))
+    for i, bundle in enumerate(bundles):
+        if bundle is None:
+            mix_(ws[i], ls[i], a[i], b[i])
+    return True
+
+
+@torch.no_grad()
+def step(base: Optimizer, ps: Sequence[Tensor], ws: Sequence[Any], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
+    """One step of the base on `a w + b l`, without writing that; where both gradients are None a parameter stays.
+
+    False, and nothing is done, where the base has no state yet and has to begin by itself, and for gradients that wait in int8
+    or in the host's memory.
+    """
+    form = BASES[type(base)]
+    groups = {p: group for group in reversed(base.param_groups) for p in group["params"]}
+    moved = [i for i, (w, l) in enumerate(zip(ws, ls)) if w is not None or l is not None]
+    bundles, loose, counts = [], [], []
+    for k, i in enumerate(moved):
+        kept = base.state.get(ps[i], {})
+        states = [kept.get(key) for key in form.states(groups[ps[i]])]
+        if any(not isinstance(value, Tensor) for value in states):
+            return False
+        counts += [kept["step"]] if "step" in kept else []
+        p = local(ps[i].detach())
+        whole = [p, torch.zeros_like(p) if ws[i] is None else ws[i], ls[i], *states]
+        bundles.append(_blocks(WIDTH, *whole))
+        if bundles[-1] is None:
+            if isinstance(ls[i], Stored):
+                return False
+            loose.append((k, [None if x is None else local(x) for x in whole]))
+    t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64)
+    settings = _settings(form, [groups[ps[i]] for i in moved], t).to(a.device, non_blocking=True)
+    table = _coefficients(a[moved], b[moved])
+    _run(_UPDATES[form.update], bundles, (table, settings))
+    for k, (p, w, l, *states) in loose:
+        form.update(p, mixed(w, l, table[k]), states, settings[k])
+    if counts:
+        torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+    return True
+
+
+def _settings(form: Base, groups: Sequence[dict[str, Any]], t: Tensor) -> Tensor:
+    """The numbers of every parameter's update, (P, H) float32."""
+    table: list[Tensor] = [torch.empty(0)] * len(groups)
+    for group in {id(g): g for g in groups}.values():
+        mine = [k for k, g in enumerate(groups) if g is group]
+        columns = [torch.as_tensor(x, dtype=torch.float64).expand(len(mine)) for x in form.numbers(group, t[mine])]
+        for k, row in zip(mine, torch.stack([c.to(t) for c in columns], 1)):
+            table[k] = row
+    return torch.stack(table).float()
+
+
+def _coefficients(a: Tensor, b: Tensor) -> Tensor:
+    """`mixed`'s c for each of (P,) coefficients: (1, b / a in two parts, a), and (0, 1 in two parts, b) where a is 0."""
+    alone = a == 0
+    ratio = torch.where(alone, 1.0, b / a)
+    first = ratio.bfloat16().to(ratio)  # few digits, so that its product with an element is not rounded at the sum's last one
+    return torch.stack([torch.where(alone, 0.0, 1.0), first, ratio - first, torch.where(alone, b, a)], 1).float()
+
+
+def _coarse(numbers: Tensor, ws: Sequence[Any]) -> list[int]:
+    """Which rows float32 products were too coarse for; none on a GPU, which sums in float64."""
+    if numbers.device.type != "cpu":
+        return []
+    ww, wl, ll = numbers.unbind(1)
+    sizes = torch.tensor([1 if w is None else max(1, w.numel()) for w in ws], dtype=torch.float64)
+    wrong = ~(torch.minimum(ww, ll) >= LEAST * sizes) | ~(torch.maximum(ww, ll) <= MOST * sizes)
+    wrong |= ww * ll - wl * wl <= CLOSE * ww * ll
+    return wrong.nonzero().flatten().tolist()
+
+
+# ---- compiling --------------------------------------------------------------------------------------------------------------
+
+
+def _inner_of_all(bundles: Sequence[Sequence[Any]]) -> list[Tensor]:
+    return [number for w, l in bundles for number in inner(w, l)]
+
+
+def _mixed_all(bundles: Sequence[Sequence[Any]], c: Tensor) -> None:
+    for i, (w, l) in enumerate(bundles):
+        w.copy_(mixed(w, l, c[i]))
+
+
+def _added_all(bundles: Sequence[Sequence[Any]], c: Tensor) -> None:
+    """`_mixed_all` where a = 1: less to do, which a CPU notices."""
+    for i, (w, l) in enumerate(bundles):
+        y = l.float()
+        w.copy_(w.float() + (y * c[i, 1] + y * c[i, 2]))
+
+
+def _rmsprop_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        rmsprop(p, mixed(w, l, c[i]), states, h[i])
+
+
+def _adam_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        adam(p, mixed(w, l, c[i]), states, h[i])
+
+
+def _sgd_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        sgd(p, mixed(w, l, c[i]), states, h[i])
+
+
+_UPDATES = {rmsprop: _rmsprop_all, adam: _adam_all, sgd: _sgd_all}
+_ready: dict[Any, Callable[..., Any]] = {}
+
+
+def _plan(work: Callable[..., Any], bundles: Sequence[Any], tables: Sequence[Tensor]) -> list[tuple[list[int], Any]]:
+    """Batches of bundles of one kind (None is left out), each with its compiled function; nothing has run yet."""
+    kinds: dict[Any, list[int]] = {}
+    for i, bundle in enumerate(bundles):
+        if bundle is not None:
+            kinds.setdefault(tuple([None if x is None else (x.dtype, x.device) for x in bundle]), []).append(i)
+    found = []
+    for kind, places in kinds.items():
+        whole = len(places) // TOGETHER * TOGETHER
+        batches = [places[i : i + TOGETHER] for i in range(0, whole, TOGETHER)] + [[i] for i in places[whole:]]
+        found += [(batch, _compiled(work, kind, len(batch), tables)) for batch in batches]
+    return found
+
+
+def _run(work: Callable[..., Any], bundles: Sequence[Any], tables: Sequence[Tensor]) -> None:
+    """`work` on all bundles, each with its row of the tables."""
+    plan = _plan(work, bundles, tables)
+    order = [j for batch, _ in plan for j in batch]
+    ordered, start = [table[order] for table in tables], 0
+    for batch, run in plan:
+        stop = start + len(batch)
+        run([bundles[j] for j in batch], *(table[start:stop] for table in ordered))
+        start = stop
+
+
+def _compiled(work: Callable[..., Any], kind: tuple[Any, ...], count: int, tables: Sequence[Tensor]) -> Callable[..., Any]:
+    """`work` on so many bundles of tensors of a kind, whatever their number of rows, compiled and run once on zeros."""
+    key = (work, kind, count)
+    if key not in _ready:
+        width = BLOCK if work is _inner_of_all else WIDTH
+        # Sizes that were equal now would be taken to be equal always.
+        bundles = [[_open(x, 2 + i, width) for x in kind] for i in range(count)]
+        try:
+            options: dict[str, Any] = {CONTRACT: "fast"} if CONTRACT in torch._inductor.list_options() else {}
+            run = torch.compile(work, fullgraph=True, options=options)
+            run(bundles, *(torch.zeros_like(table[:1]).expand(count, -1).contiguous() for table in tables))
+        except Exception as error:  # whatever keeps it from working: no compiler, no Triton, no room on the disk
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise Unavailable(f"torch.compile fails here ({type(error).__name__}: {reason})") from error
+        _ready[key] = run
+    return _ready[key]
+
+
+def _open(kind: Any, count: int, width: int) -> Tensor | None:
+    """Zeros of so many rows, to compile for any number of them."""
+    if kind is None:
+        return None
+    dtype, device = kind
+    zeros = torch.zeros(count, width, dtype=dtype, device=device)
+    torch._dynamo.mark_dynamic(zeros, 0)
+    return zeros
+
+
+def _blocks(width: int, *tensors: Any) -> list[Any] | None:
+    """The local parts of tensors of one size as (rows, width), None kept; None where one has no such view."""
+    found: list[Any] = []
+    for x in tensors:
+        if isinstance(x, Stored):
+            x = x.values if x.scales is None and x.values.device == x.device else None
+            if x is None:
+                return None
+        elif x is None:
+            found.append(None)
+            continue
+        elif type(x) is not Tensor:
+            x = local(x)
+        size = x.numel()
+        if size % width or size < 2 * width or x.dtype not in DTYPES or not x.is_contiguous():
+            return None
+        found.append(x.view(-1, width))
+    return found
