@@ -57,7 +57,8 @@ class Collector(Scorer):
                 method.rule,
                 max_norm=config.max_grad_norm,
                 metric=method.metric,
-                measure_change=method.two_gradients,
+                set_aside=torch.bfloat16 if config.set_aside == "bfloat16" else config.set_aside,
+                fused=config.fused,
                 model=self.trained,
             )
         except (TypeError, ValueError) as error:

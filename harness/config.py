@@ -179,6 +179,13 @@ class StageConfig:
     """Most tokens in one forward pass of one process, padding included; null: as many as these examples have."""
     max_grad_norm: float | None = 10.0
     """Largest L2 norm of the (projected) gradient; null: no clipping."""
+    set_aside: Literal["bfloat16", "int8", "cpu"] | None = None
+    """How the losers' gradient waits for the winners': as it is (null), rounded, or in the host's memory."""
+    fused: bool = False
+    """Projection, clipping and the optimizer's step in two compiled passes over memory; needs a compiler."""
+    update_cosine_steps: int | None = None
+    """Measure `ogd/update_cosine_*` of a method of two gradients every so many steps, which keeps a copy of the parameters
+    meanwhile; null: at the steps that measure held-out pairs (`eval_steps`)."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Negative log-likelihood of a sequence: sum or mean over its tokens; sequences are averaged in both."""
     train_on_prompt: bool = False

@@ -25,7 +25,18 @@ from harness.config import Config, DataConfig, StageConfig
 from harness.data import Example, Kind, Part, load_preferences, load_sft, texts
 from harness.jobs import Plan
 from harness.lm_evals import local_tasks, official_tasks, quiet
-from harness.memory import PARTS, SIZES, Load, Shape, copies, parts, precision_warning, shape_of, trained_parameters
+from harness.memory import (
+    PARTS,
+    SIZES,
+    Load,
+    Shape,
+    copies,
+    largest_moment,
+    parts,
+    precision_warning,
+    shape_of,
+    trained_parameters,
+)
 from harness.methods import METHODS, RunSpec, runs
 from harness.model import architecture, load_tokenizer, train_tokenizer
 from harness.preview import CLOSE, OPEN, groups, histogram, marked
@@ -295,7 +306,7 @@ class DryRun:
         )
         names = [name for name in PARTS if any(name in column for column in columns.values())]
         body = [[name, *(size(column[name]) if name in column else NONE for column in columns.values())] for name in names]
-        body.append(["sum", *(size(sum(column.values())) for column in columns.values())])
+        body.append(["at most together", *(size(largest_moment(column)) for column in columns.values())])
         Console(width=128).print(Table("", ["part", *columns], body, strong=frozenset({len(names)})).terminal())
 
     def most_scored(self, kind: Kind, sequences: int, on_prompt: bool) -> int:

@@ -4,14 +4,16 @@ With P parameters in w bytes each (4 in float32, 2 in bfloat16), computed on in 
 (`fully_shard`), and a micro-batch of S tokens in all, padding included:
 
     weights                    P w / N
-    gradient                   trained parameters w / N; once more where the first side's gradient waits for the second's
+    gradient                   trained parameters w / N; once more where the first side's gradient waits for the second's (in 2
+                               bytes a number with `set_aside: bfloat16`, in 1 and 1/64 with int8, in none with cpu)
     optimizer state            copies of a parameter that the optimizer keeps, times trained parameters w / N
     gathered layers            two layers and what lies outside of them in c bytes, the larger one's gradient in 4
     activations                c S h L + one live layer with checkpointing, L live layers without;
                                a live layer: c S (outputs of its linear maps + 3 h + the MLP's inner widths once more)
     logits                     scored tokens, a chunk of them at most, x vocabulary x (c + 12): as computed, in float32,
                                log-softmax, gradient
-    optimizer's temporary      of the largest parameter, with `foreach` of every parameter: two (RMSprop) or three (Adam)
+    optimizer's temporary      of the largest parameter, with `foreach` of every parameter: two (RMSprop) or three (Adam); and
+                               where `ogd/update_cosine_*` is measured, a copy of the trained parameters
 
 for hidden size h and L layers; of a Mistral layer that is c S (6 h + 2 kv + 4 ff). The accounting of states is that of ZeRO
 (arXiv:1910.02054), that of activations Korthikanti et al.'s (arXiv:2205.05198) with attention that keeps no score matrix (sdpa,
@@ -32,6 +34,8 @@ from harness.config import ModelConfig, StageConfig
 from harness.model import HEAD_CHUNK, blocks, meta_model
 
 SIZES = {"float32": 4, "bfloat16": 2}
+WAITING = {"bfloat16": 2.0, "int8": 1 + 4 / 256, "cpu": 0.0}
+"""Bytes of a number in a gradient that is set aside."""
 STATES = {"RMSprop": 1, "Adam": 2, "AdamW": 2, "SGD": 0}
 TEMPORARIES = {"RMSprop": 2, "Adam": 3, "AdamW": 3, "SGD": 0}
 """Tensors of a parameter's size that are alive together in the optimizer's step (tests/test_step_memory.py)."""
@@ -127,7 +131,7 @@ def parts(
     share = math.ceil(trainable / load.world_size)
     found = {"weights": w * math.ceil(shape.parameters / load.world_size), "gradient": w * share}
     if load.two_gradients:
-        found["gradient that waits"] = w * share
+        found["gradient that waits"] = math.ceil(share * (w if stage.set_aside is None else WAITING[stage.set_aside]))
     found["optimizer state"] = w * share * copies(stage)
     if sharded:
         found["gathered layers"] = c * (2 * shape.layer + shape.root) + 4 * max(shape.layer, shape.root)
@@ -138,7 +142,15 @@ def parts(
     found["logits"] = min(load.scored, HEAD_CHUNK) * shape.vocabulary * (c + 12)
     largest = share if stage.optimizer_args.get("foreach") else math.ceil(shape.largest / load.world_size)
     found["optimizer's temporary"] = TEMPORARIES[stage.optimizer] * w * min(largest, share)
+    found["optimizer's temporary"] += w * share if load.two_gradients else 0
     return found
+
+
+def largest_moment(found: dict[str, int]) -> int:
+    """Bytes of all parts that are held at a time: the backward pass's or the optimizer's step's, whichever is more."""
+    passing = sum(found.get(name, 0) for name in ("gathered layers", "activations", "logits"))
+    stepping = found["optimizer's temporary"]
+    return sum(found.values()) - min(passing, stepping)
 
 
 def copies(stage: StageConfig) -> int:

@@ -89,8 +89,7 @@ class Trainer(Collector):
                     taken = self._step(progress.step)
                 progress.step += 1
                 progress.seconds += speed.lap()
-                epoch_ends = progress.step % plan.steps_per_epoch == 0 or progress.step == plan.steps
-                measured = epoch_ends or progress.step % self._eval_steps() == 0
+                epoch_ends, measured = self._epoch_ends(progress.step), self._measures(progress.step)
                 line: dict[str, float] = {}
                 if measured or progress.step % job.config.logging_steps == 0:
                     line, stop = self._line(taken, asked, speed)
@@ -176,6 +175,9 @@ class Trainer(Collector):
                 whole = {side: self.ranks.sum(values) for side, values in logps.items()}
                 self.optimizer.rule = scaled(self.method.rule, self._weight(winners, whole, taken, share=1 / self.ranks.size))
         taken.learning_rate = float(self.scheduler.get_last_lr()[0])
+        every = self.job.config.update_cosine_steps
+        due = (step + 1) % every == 0 if every else self._measures(step + 1)
+        self.optimizer.measure_change = self.method.two_gradients and due
         with self._probe(winners, losers) if self.probing else nullcontext() as taken.seen:
             taken.report = self.optimizer.step()
         self.scheduler.step()
@@ -215,8 +217,13 @@ class Trainer(Collector):
 
     # ---- files ------------------------------------------------------------------------------------------------------------
 
-    def _eval_steps(self) -> int:
-        return self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
+    def _epoch_ends(self, step: int) -> bool:
+        return step % self.plan.steps_per_epoch == 0 or step == self.plan.steps
+
+    def _measures(self, step: int) -> bool:
+        """Whether held-out rows are measured behind this step."""
+        every = self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
+        return self._epoch_ends(step) or step % every == 0
 
     def _log(self, line: dict[str, float]) -> None:
         known = set(self.watch.warnings)

@@ -558,18 +558,23 @@ class PairedGradient(Wrapper):
         why = fused_forms.refused(self.base)
         if len(self.base._optimizer_step_pre_hooks) > 1 or self.base._optimizer_step_post_hooks:
             why = "the base has step hooks, which a fused step would not call"
-        if self.measure_change or self.metric == "optimizer":
-            option = "measure_change=True" if self.measure_change else "metric='optimizer'"
-            why = f"{option} needs the gradient that the base gets, which a fused step does not write"
+        if self.metric == "optimizer":
+            why = "metric='optimizer' needs the gradient that the base gets, which a fused step does not write"
         if why:
             self._tell_unfused(why)
             return False
         blocks = self._blocks()
         a, b = (report.a * report.scale)[blocks], (report.b * report.scale)[blocks]
-        ps, ws, ls = ([e[k] for e in entries] for k in (1, 2, 3))
+        ps, ws, ls = [e.p for e in entries], [e.w for e in entries], [e.l for e in entries]
+        measured = self.measure_change and self._box["loser"] is not None
+        before = [local(p.detach()).clone() for p in ps] if measured else []
         if not self._compiled(fused_forms.step, self.base, ps, ws, ls, a, b):
             return False
         self.base._opt_called = True  # type: ignore[attr-defined]  # schedulers of the base ask for it
+        if measured:
+            numbers = [moved(p.detach(), x, w, l) for p, x, w, l in zip(ps, before, ws, ls)]
+            ranks = shared(ps, self.process_group)
+            report.change = ranks.pooled(numbers, self._block_sizes()).to(a).sum(0)
         return True
 
     def _compiled(self, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ from harness import dry_run, run
 from harness.config import LoraConfig, ModelConfig, StageConfig, command
 from harness.data import Example
 from harness.jobs import Job
-from harness.memory import Load, copies, parts, precision_warning, shape_of, trained_parameters, unmoved
+from harness.memory import Load, copies, largest_moment, parts, precision_warning, shape_of, trained_parameters, unmoved
 from harness.model import architecture, build_model, completion_logps, load_model, prepare
 from harness.preview import CLOSE, OPEN, histogram, marked
 from harness.stages import SeedStudy
@@ -78,6 +78,20 @@ def test_processes_share_states_and_not_activations(mistral):
         assert eight[name] == pytest.approx(size / 8 if shared else size, rel=1e-6), name
     assert "gradient that waits" not in of_mistral(mistral, two=False)
     assert of_mistral(mistral, dtype="bfloat16")["weights"] == one["weights"] / 2
+
+
+def test_a_gradient_that_waits_rounded_is_counted_so(mistral):
+    found = {
+        form: parts(mistral, 10**6, ModelConfig(None, MISTRAL), StageConfig(set_aside=form), Load(True, 1, 512, 512, 1), True)
+        for form in (None, "bfloat16", "int8", "cpu")
+    }
+    assert [x["gradient that waits"] for x in found.values()] == [4e6, 2e6, 1.015625e6, 0]
+
+
+def test_a_pass_and_a_step_are_not_held_together():
+    found = {"weights": 5, "activations": 30, "logits": 4, "optimizer's temporary": 20}
+    assert largest_moment(found) == 5 + 34
+    assert largest_moment(found | {"optimizer's temporary": 50}) == 5 + 50
 
 
 def test_only_trained_parameters_have_gradients_and_states(mistral):

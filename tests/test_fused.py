@@ -139,6 +139,18 @@ def test_a_fused_step_never_writes_the_mixture():
     assert len(seen) == 1 and all(p.grad is None for p in params)
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_what_a_fused_step_changed_is_measured(scope):
+    options = {"momentum": 0.9}
+    _, opt, reports = trained(torch.optim.SGD, options, measure_change=True, scope=scope)
+    _, _, theirs = trained(torch.optim.SGD, options, fuse=False, measure_change=True, scope=scope)
+    assert opt.unfused == "" and reports[2].loss_changes is None
+    for k in (0, 1, 3):
+        winner = theirs[k].loss_changes[0]
+        assert reports[k].loss_changes == pytest.approx(theirs[k].loss_changes, rel=1e-5, abs=1e-7 * abs(winner))
+        assert reports[k].change_cosines == pytest.approx(theirs[k].change_cosines, abs=1e-5)
+
+
 def test_a_checkpoint_is_the_base_s(tmp_path):
     base, options = BASES["AdamW"]
     params, opt, _ = trained(base, options)
@@ -178,7 +190,6 @@ def test_other_rules():
         (torch.optim.Adagrad, {}, {}, "Adagrad has no fused form"),
         (torch.optim.Adam, {"amsgrad": True}, {}, "Adam with amsgrad"),
         (torch.optim.RMSprop, {"centered": True}, {}, "RMSprop with centered"),
-        (torch.optim.SGD, {}, {"measure_change": True}, "measure_change=True needs"),
         (torch.optim.SGD, {}, {"metric": "optimizer"}, "metric='optimizer' needs"),
     ],
 )

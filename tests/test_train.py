@@ -30,6 +30,9 @@ JOINT = [name for name, method in METHODS.items() if method.schedule]
 OPTIONS = {"weight": 0.7, "batch_size": 4, "optima": {"preference": 0.0, "sft": 12.0}, "evaluate_every": 3}
 
 
+CPU = torch.device("cpu")
+
+
 def job(folder, tok, method="ogd", data=None, joint=None, **changes):
     data = data or small.preferences(tok)
     beta = 0.5 if METHODS[method].beta or method in JOINT else None
@@ -233,6 +236,25 @@ def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, m
     assert [line["step"] for line in lines(tmp_path) if line.get("skipped")] == [3]
     # step 1 has learning rate 0
     assert [line["step"] for line in lines(tmp_path) if "ogd/update_cosine_rejected" in line] == [2, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("options", "steps"), [({"update_cosine_steps": 2}, [2, 4, 6, 8]), ({"eval_steps": 5}, [3, 5, 6, 9])])
+def test_changes_are_measured_where_held_out_pairs_are_or_as_often_as_asked(options, steps, tok, tmp_path):
+    """Three steps an epoch."""
+    run(tmp_path, tok, num_train_epochs=3, **options)
+    assert [line["step"] for line in lines(tmp_path) if "ogd/update_cosine_rejected" in line] == steps
+
+
+def test_a_fused_run_and_one_with_a_rounded_loser_end_where_others_do(tok, tmp_path):
+    plain = torch.cat([p.flatten() for p in run(tmp_path / "plain", tok, num_train_epochs=3).parameters()])
+    start = torch.cat([p.flatten() for p in small.model(tok).parameters()])
+    for options, near in (({"fused": True}, 1e-4), ({"set_aside": "bfloat16"}, 0.05), ({"set_aside": "int8"}, 0.2)):
+        task = job(tmp_path / "".join(options), tok, num_train_epochs=3, **options)
+        trainer = Trainer(task, prepare(small.model(tok), small.MODEL, CPU), tok, CPU, False)
+        trainer.run()
+        found = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        assert 0 < (found - plain).norm() < near * (plain - start).norm(), options
+        assert trainer.optimizer.unfused == "" and trainer.optimizer.fused == ("fused" in options)
 
 
 def test_every_row_is_seen_once_an_epoch():
