@@ -48,9 +48,15 @@ MEMORY = OMP | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 def start(main: Callable[[list[str]], Any], environment: Mapping[str, str] = TIMING) -> None:
     """Run a script's `main` under these variables, which must be there before the process begins."""
-    if any(os.environ.get(name) != value for name, value in environment.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict(environment))
+    wanted = variables(environment)
+    if wanted != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
     main(sys.argv[1:])
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The present environment with these, and no other settings of malloc."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | dict(environment)
 
 
 def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, limit: float | None = None) -> str:
@@ -60,7 +66,7 @@ def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, lim
     """
     command = [sys.executable, str(Path(__file__).with_name(script)), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(environment), timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, env=variables(environment), timeout=limit)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{script} {' '.join(words)} took more than {limit} s") from error
     if done.returncode:
@@ -199,14 +205,16 @@ def added(run: Callable[[], Any], device: str = "cpu") -> int:
 
 # ---- peers, and the record ---------------------------------------------------------------------------------------------
 
-PEERS = {"torchjd": "TorchJD", "pytorch_optimizer": "pytorch_optimizer", "trl": "TRL"}
-"""Packages that are compared with, and what they call themselves."""
+PEERS = {"torchjd": ("qpsolvers", "quadprog"), "pytorch_optimizer": (), "trl": ()}
+"""Packages that are compared with, and what each needs to be of use here."""
 ABSENT = "not installed: pip install '.[bench]'"
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package."""
+    """The version of a package, if it is here with what it needs."""
     try:
+        for needed in PEERS.get(package, ()):
+            version(needed)
         return version(package)
     except PackageNotFoundError:
         return None
