@@ -34,15 +34,17 @@ SIZES: dict[str, dict[str, int]] = {
     "400M": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 20, "vocab_size": 16000},
 }
 """Mistral shapes; from 5M on the largest tensor is a fifth of the model or less."""
-OMP = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-TIMING = OMP | {
+ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+ALONE |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+"""One thread, no network, no progress bars of libraries."""
+TIMING = ALONE | {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
 """malloc keeps what is freed, as a GPU's caching allocator does, so that page faults of fresh memory are not what is timed."""
-MEMORY = OMP | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+MEMORY = ALONE | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """malloc gives back what is freed, so that the peak is what is in use."""
 
 

@@ -161,4 +161,4 @@ def report(results: dict[str, Any], size: str) -> None:
 
 
 if __name__ == "__main__":
-    common.start(main, common.OMP)
+    common.start(main, common.ALONE)
