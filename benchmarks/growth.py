@@ -178,7 +178,7 @@ def worker(size: str, tokens: int, rounds: int) -> Point:
         dist.barrier()
         since = time.perf_counter()
         dist.all_reduce(message)
-        found["own all-reduce"].append(time.perf_counter() - since)
+        found["own all-reduce"].append(time.perf_counter() - since if count > 1 else 0.0)
     dist.destroy_process_group()
     return {name: statistics.median(times) for name, times in found.items()}
 
@@ -199,9 +199,10 @@ def exponents(points: Sequence[Point]) -> dict[str, float]:
 def crossings(found: dict[str, list[Point]], tokens: int) -> dict[str, float]:
     """Tokens a side from which forward and backward take longer than what goes over the parameters, by size of the model.
 
-    And from which projection (Gram and mixture) is less than 2% and 0.5% of a step.
+    And from which projection (Gram and mixture) is less than 2% and 0.5% of a step; and the ranks from which collectives take
+    longer than a rank's own work.
     """
-    result = {}
+    result: dict[str, float] = {}
     for point in found["parameters"]:
         token = point["forward and backward"] / tokens
         projection = point["Gram"] + point["mixture"]
@@ -211,10 +212,20 @@ def crossings(found: dict[str, list[Point]], tokens: int) -> dict[str, float]:
         result[f"{name}: longer than these and the base step"] = rest / token
         for share in (0.02, 0.005):
             result[f"{name}: projection under {share:.1%}"] = max(0.0, projection / share - rest) / token
-    return result
+    over = [p["x"] for p in found["ranks"] if p["collectives"] > sum(p[part] for part in PARTS)]
+    return result | ({"ranks: collectives longer than the rest": over[0]} if over else {})
 
 
-def draw(found: dict[str, list[Point]], slopes: dict[str, dict[str, float]], path: Path) -> None:
+def captions(limits: dict[str, float]) -> dict[str, str]:
+    """What the figure says over a panel about where a part dominates."""
+    most = ": longer than these and the base step"
+    tokens = [f"{n:,.0f} ({name.removesuffix(most)})" for name, n in limits.items() if name.endswith(most)]
+    found = {"parameters": f"forward and backward are most from {', '.join(tokens)} tokens a side"}
+    count = limits.get("ranks: collectives longer than the rest")
+    return found | ({"ranks": f"collectives are most from {count:.0f} ranks"} if count else {})
+
+
+def draw(found: dict[str, list[Point]], slopes: dict[str, dict[str, float]], limits: dict[str, float], path: Path) -> None:
     """One figure, a panel an axis."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -223,19 +234,21 @@ def draw(found: dict[str, list[Point]], slopes: dict[str, dict[str, float]], pat
     from harness.figures import PAPER
 
     hues = dict(zip((*PARTS, *COLLECTIVES), ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000"), strict=True))
-    with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(13, 9), layout="constrained")
+    with matplotlib.rc_context(PAPER | {"text.parse_math": True}):  # powers of ten; no label comes from a file
+        figure = Figure(figsize=(12, 10), layout="constrained")
         for axes, (name, label) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
             points = found[name]
             for part, marker in zip((part for part in hues if part in points[0]), itertools.cycle("osD^vP")):
                 text = f"{part}, exponent {slopes[name][part]:.2f}" if part in slopes.get(name, {}) else part
-                axes.plot([p["x"] for p in points], [p[part] for p in points], f"{marker}-", color=hues[part], label=text)
+                xy = [(p["x"], p[part]) for p in points if p[part] > 0]  # one rank has no collectives
+                axes.plot(*zip(*xy), f"{marker}-", color=hues[part], label=text)
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds a step")
+            axes.set_title(captions(limits).get(name, ""), fontsize=10)
             if name != "parameters":
                 axes.set_xticks([p["x"] for p in points])
                 axes.xaxis.set_major_formatter(ScalarFormatter())
                 axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.legend(fontsize=10)
+            axes.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -263,8 +276,8 @@ def main(words: list[str]) -> None:
         rows = [[f"{p['x']:,.0f}", *(f"{1e3 * p[part]:,.1f} ms" for part in p if part != "x")] for p in points]
         common.show(f"exponents: {title}", [AXES[name], *(part for part in points[0] if part != "x")], rows)
     limits = crossings(found, asked.tokens[0])
-    common.show("forward and backward", ["", "tokens a side"], [[name, f"{n:,.0f}"] for name, n in limits.items()])
-    draw(found, slopes, asked.output.with_suffix(".svg"))
+    common.show("from where", ["", "tokens a side, or ranks"], [[name, f"{n:,.0f}"] for name, n in limits.items()])
+    draw(found, slopes, limits, asked.output.with_suffix(".svg"))
     common.record(asked.output, found, exponents=slopes, dominates=limits)
 
 
