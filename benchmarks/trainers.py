@@ -9,8 +9,8 @@ loading, tokenization and what precomputes the reference are not. Right behind e
 own, OGD and DPO (with its reference precomputed), so that ratios are paired; the first round warms up.
 
 TRL has what serves it best here: no gradient checkpointing (its default is to recompute), no logging, no progress bar, pairs
-sorted by length so that micro-batches hold little padding (in the order of `group_by_length`), `--micro` pairs at a time. The
-harness is the loop of `harness/train.py` as it is, metrics line included: each half sorted by length, micro-batches of at most
+sorted by length so that micro-batches hold little padding (the order of `group_by_length`; with `--shuffled` its default, any
+order), `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half sorted by length, micro-batches of at most
 as many tokens as `--micro` of the longest sequences have, log-probabilities at completion positions alone.
 
 Peak memory is that of a process that does nothing else: over what it held before the model was there, and the ratio of whole
@@ -52,15 +52,20 @@ TRL = {
 OURS = {"ogd": "ogdopt, OGD", "dpo": "ogdopt, DPO"}
 
 
-def texts(pairs: int, scale: float, vocabulary: int) -> list[dict[str, str]]:
-    """Pairs of random words, lengths log-normal: at `scale` 1 the median prompt has 40, the median answer 90."""
+def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dict[str, str]]:
+    """Pairs of random words, lengths log-normal: at `scale` 1 the median prompt has 40, the median answer 90.
+
+    Sorted by the longer sequence, the longest first, unless they are to be shuffled.
+    """
     rng = random.Random(0)
 
     def words(median: float, sigma: float) -> str:
         n = min(max(2, round(scale * median * rng.lognormvariate(0, sigma))), round(4 * scale * median))
         return " ".join(f"w{rng.randrange(vocabulary)}" for _ in range(n))
 
-    return [{"prompt": words(40, 0.6), "chosen": " " + words(90, 0.6), "rejected": " " + words(90, 0.6)} for _ in range(pairs)]
+    rows = [{"prompt": words(40, 0.6), "chosen": " " + words(90, 0.6), "rejected": " " + words(90, 0.6)} for _ in range(pairs)]
+    longest = lambda row: max(len((row["prompt"] + row[side]).split()) for side in ("chosen", "rejected"))  # noqa: E731
+    return rows if shuffled else sorted(rows, key=longest, reverse=True)
 
 
 def tokenizer(folder: Path, size: str) -> Any:
@@ -71,16 +76,13 @@ def tokenizer(folder: Path, size: str) -> Any:
 
 
 def dpo_trainer(folder: Path, size: str, rows: list[dict[str, str]], how: str, micro: int, steps: int, tok: Any) -> Any:
-    """TRL's trainer on these rows, one step an epoch."""
+    """TRL's trainer on these rows in their order, one step an epoch."""
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
-    rows = sorted(
-        rows, key=lambda row: -max(len(row[side].split()) + len(row["prompt"].split()) for side in ("chosen", "rejected"))
-    )
     config = DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=micro,
@@ -174,13 +176,13 @@ def alternating(trainer: Any, ours: dict[str, Callable[[], None]]) -> dict[str, 
     return {name: times[1:] for name, times in found.items()}
 
 
-def measure(size: str, pairs: int, scale: float, micro: int, rounds: int) -> dict[str, Any]:
+def measure(size: str, pairs: int, scale: float, micro: int, shuffled: bool, rounds: int) -> dict[str, Any]:
     """Seconds and ratios beside either form of DPOTrainer."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16)
+        rows = texts(pairs, scale, len(tok) - 16, shuffled)
         for how in TRL:
             trainer = dpo_trainer(folder, size, rows, how, micro, rounds + 1, tok)
             data = preferences(trainer.train_dataset)
@@ -203,14 +205,14 @@ def measure(size: str, pairs: int, scale: float, micro: int, rounds: int) -> dic
     return results
 
 
-def memory(which: str, size: str, pairs: int, scale: float, micro: int) -> dict[str, int]:
+def memory(which: str, size: str, pairs: int, scale: float, micro: int, shuffled: bool) -> dict[str, int]:
     """Peak bytes of this process in two steps of one trainer: in all, and over what it held before the model was there."""
     from datasets import Dataset  # noqa: F401 - both sides have it in memory, as both have what reads rows
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16)
+        rows = texts(pairs, scale, len(tok) - 16, shuffled)
         ids = lambda text: tok(text, add_special_tokens=False).input_ids  # noqa: E731
         ends = [tok.eos_token_id]
         sides = [[Example(ids(row["prompt"]), ids(row[side]) + ends) for row in rows] for side in ("chosen", "rejected")]
@@ -237,13 +239,14 @@ def main(words: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=64, help="of a step; a multiple of --micro")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--micro", type=int, default=8, help="pairs in a micro-batch of TRL")
+    parser.add_argument("--shuffled", action="store_true", help="pairs in any order, as TRL takes them by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", choices=[*TRL, *OURS], help="peak memory of one of them, in this process; prints JSON")
     asked = parser.parse_args(words)
     if asked.pairs % asked.micro:
         parser.error(f"--pairs {asked.pairs} is not a multiple of --micro {asked.micro}")
     torch.set_num_threads(1)
-    shape = (asked.size, asked.pairs, asked.scale, asked.micro)
+    shape = (asked.size, asked.pairs, asked.scale, asked.micro, asked.shuffled)
     if asked.memory:
         print(json.dumps(memory(asked.memory, *shape)))
         return
@@ -254,7 +257,8 @@ def main(words: list[str]) -> None:
         common.record(path, results)
         return
     results = measure(*shape, asked.rounds)
-    sizes = [w for name, value in zip(("size", "pairs", "scale", "micro"), shape) for w in (f"--{name}", str(value))]
+    sizes: list[str] = ["--shuffled"] if asked.shuffled else []
+    sizes += [w for name, value in zip(("size", "pairs", "scale", "micro"), shape) for w in (f"--{name}", str(value))]
     for which in (*TRL, *OURS):
         said = common.child("trainers.py", *sizes, "--memory", which, environment=common.MEMORY)
         results[OURS.get(which, f"TRL, reference {which}")] |= json.loads(said.splitlines()[-1])
