@@ -209,7 +209,7 @@ def added(run: Callable[[], Any], device: str = "cpu") -> int:
 
 PEERS = {"torchjd": ("qpsolvers", "quadprog"), "pytorch_optimizer": (), "trl": ()}
 """Packages that are compared with, and what each needs to be of use here."""
-ABSENT = "not installed: pip install '.[bench]'"
+ABSENT = "not installed"
 
 
 def installed(package: str) -> str | None:
@@ -265,7 +265,7 @@ def _short(word: str) -> str:
     return str(Path(word).relative_to(ROOT)) if word.startswith(f"{ROOT}/") else word
 
 
-def show(title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table: as wide as the terminal, or wide where it goes to a file."""
     from rich.console import Console
 
@@ -273,8 +273,9 @@ def show(title: str, columns: list[str], rows: list[list[str]], note: str = "") 
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(Table(title, columns, rows).terminal())
-    if note:
-        print(note, flush=True)
+    if any(ABSENT in row for row in rows):
+        print("The packages that are not installed come with pip install -c constraints.txt '.[bench]'")
+    sys.stdout.flush()
 
 
 def times(found: Mapping[str, float] | None) -> str:

@@ -32,7 +32,7 @@ PLAIN = {
     "graph": "both losses in one graph, plain RMSprop",
     "sum": "both losses in turn, plain RMSprop",
 }
-MODES = PLAIN | {
+OURS = {
     "none": "set_aside=None (by reference)",
     "bfloat16": "set_aside=torch.bfloat16",
     "int8": 'set_aside="int8"',
@@ -43,6 +43,12 @@ MODES = PLAIN | {
     "fused": "fused=True",
     "fused_bfloat16": "fused=True, set_aside=torch.bfloat16",
 }
+OTHERS = {
+    "torchjd": "TorchJD UPGrad((1, 0)), optimize_gramian_computation",
+    "pytorch_optimizer": "pytorch_optimizer PCGrad",
+}
+"""Peers, by their packages; their step is that of step.py."""
+MODES = PLAIN | OURS | OTHERS
 
 
 def options(mode: str) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def options(mode: str) -> dict[str, Any]:
     aside: dict[str, Any] = {"bfloat16": torch.bfloat16, "fused_bfloat16": torch.bfloat16, "inside": "recompute"}
     aside |= {name: name for name in ("int8", "cpu", "recompute")}
     more: dict[str, Any] = {"metric": {"metric": "optimizer"}, "inside": {"scope": "tensor"}}
-    more |= {name: {"fused": True} for name in MODES if name.startswith("fused")}
+    more |= {name: {"fused": True} for name in OURS if name.startswith("fused")}
     return {"set_aside": aside.get(mode)} | more.get(mode, {})
 
 
@@ -60,6 +66,7 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
     """Measure one mode in this process."""
     import torch
 
+    from benchmarks import step as steps
     from ogdopt import ProjectedGradient
 
     torch.set_num_threads(1)
@@ -80,8 +87,15 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         base.step()
         base.zero_grad()
 
-    def step() -> None:
-        plain(mode) if mode in PLAIN else opt.step(winner, loser)
+    both = (model, lambda: winner(), lambda: loser())  # whatever these are by then
+    if mode in PLAIN:
+        step: Callable[[], Any] = lambda: plain(mode)  # noqa: E731
+    elif mode == "torchjd":
+        step = steps.torchjd(*both, thrifty=True, chunk=1)
+    elif mode == "pytorch_optimizer":
+        step = steps.pytorch_optimizer(*both)
+    else:
+        step = lambda: opt.step(winner, loser)  # noqa: E731
 
     plain("sum")  # makes the base's state
     step()
@@ -99,7 +113,7 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         ratios.append((time.process_time() - middle) / (middle - start))
         passes.append(opt.report.passes if opt.report else 0)
     result = {"parameters": B // 4, "peak": peak} | common.spread(ratios)
-    if mode not in PLAIN:
+    if mode in OURS:
         changes = mode == "metric" or mode.startswith("fused")
         result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes)
     return result
@@ -136,6 +150,9 @@ def main(words: list[str]) -> None:
     for mode in dict.fromkeys(["graph", "sum", *asked.modes]):
         if mode.startswith("fused") and not common.fused():
             results[mode] = common.UNFUSED
+            continue
+        if mode in OTHERS and not common.installed(mode):
+            results[mode] = common.ABSENT
             continue
         one = ("--mode", mode, "--size", asked.size, "--rounds", str(asked.rounds))
         results[mode] = json.loads(common.child("set_aside.py", *one, environment=common.MEMORY).splitlines()[-1])

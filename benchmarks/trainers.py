@@ -10,8 +10,9 @@ own, OGD and DPO (with its reference precomputed), so that ratios are paired; th
 
 TRL has what serves it best here: no gradient checkpointing (its default is to recompute), no logging, no progress bar, pairs
 sorted by length so that micro-batches hold little padding (the order of `group_by_length`; with `--shuffled` its default, any
-order), `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half sorted by length, micro-batches of at most
-as many tokens as `--micro` of the longest sequences have, log-probabilities at completion positions alone.
+order), `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half
+sorted by length, micro-batches of at most as many tokens as `--micro` of the longest sequences have, log-probabilities at
+completion positions alone.
 
 Peak memory is that of a process that does nothing else: over what it held before the model was there, and the ratio of whole
 processes. Results go to benchmarks/results/trainers_SIZE.json.
