@@ -46,6 +46,7 @@ TINY = {
     "trainers.py": ("--pairs", "4", "--micro", "2", "--scale", "0.1", "--rounds", "1"),
 }
 """What is added, or takes the place of the above, where only whether it works is asked."""
+MISSING = "missing"
 ROWS: dict[str, tuple[str, str, str, str, str]] = {
     "the bound": ("bound", "bound", "both losses in one graph", "graph", ""),
     "ogdopt": ("ogdopt, clipped", "ogdopt, step tensor by tensor", "ogdopt", "none", "ogdopt, OGD"),
@@ -126,10 +127,21 @@ def cells(name: str, looked_up: list[Any]) -> list[str]:
         entry = table if isinstance(table, str) else table.get(key)
         if not key or entry is None:
             return "–"
-        return entry if isinstance(entry, str) else format(entry[what], form) if what in entry else "–"
+        return MISSING if isinstance(entry, str) else format(entry[what], form) if what in entry else "–"
 
     shown = [(0, "ratio", ".2f"), (0, "left", ".0e"), (1, "ratio", ".2f"), (2, "ratio", ".2f"), (3, "above", "+.2f")]
     return [text(*asked) for asked in [*shown, (4, "time", ".2f"), (4, "space", ".2f")]]
+
+
+def gaps(looked_up: list[Any]) -> list[str]:
+    """What is missing in the table, and why."""
+    found: dict[str, list[str]] = {}
+    for name, keys in ROWS.items():
+        for table, key in zip(looked_up, keys, strict=True):
+            entry = table if isinstance(table, str) else table.get(key)
+            if key and isinstance(entry, str) and name.strip() not in found.setdefault(entry, []):
+                found[entry].append(name.strip())
+    return [f"{MISSING}: {', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def main(words: list[str]) -> None:
@@ -142,6 +154,7 @@ def main(words: list[str]) -> None:
     columns = ["", "projection", "cosine left", "with RMSprop", "whole step", "memory", "time beside TRL", "memory beside TRL"]
     looked_up = tables(found)
     common.show("", columns, [[name, *cells(name, looked_up)] for name in ROWS])
+    print("\n".join(gaps(looked_up)))
     common.record(asked.output, found)
 
 

@@ -209,17 +209,20 @@ def added(run: Callable[[], Any], device: str = "cpu") -> int:
 
 PEERS = {"torchjd": ("qpsolvers", "quadprog"), "pytorch_optimizer": (), "trl": ()}
 """Packages that are compared with, and what each needs to be of use here."""
-ABSENT = "not installed"
+ABSENT = " is not installed"
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, if it is here with what it needs."""
+    """The version of a package, if it is here."""
     try:
-        for needed in PEERS.get(package, ()):
-            version(needed)
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def absent(peer: str) -> str | None:
+    """Why a peer cannot be measured here; None where it can."""
+    return next((f"{name}{ABSENT}" for name in (peer, *PEERS[peer]) if installed(name) is None), None)
 
 
 def machine() -> str:
@@ -273,8 +276,8 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(Table(title, columns, rows).terminal())
-    if any(ABSENT in row for row in rows):
-        print("The packages that are not installed come with pip install -c constraints.txt '.[bench]'")
+    if any(ABSENT in cell for row in rows for cell in row):
+        print("What is not installed comes with pip install -c constraints.txt '.[bench]'")
     sys.stdout.flush()
 
 

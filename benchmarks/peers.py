@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import ABSENT, Timed, architecture, installed
+from benchmarks.common import Timed, absent, architecture
 from harness.model import meta_model
 from ogdopt import ProjectedGradient
 
@@ -210,14 +210,13 @@ def ways(given: Gradients) -> dict[str, Way | str]:
         "foreach, then clip_grad_norm_": plain(lambda given: clipped(given, half)),
     }
     names = ["UPGrad((1, 0))", "UPGrad((1, 0)), optimize_gramian_computation", "PCGrad, optimize_gramian_computation"]
-    if installed("torchjd"):
+    if (why := absent("torchjd")) is None:
         from torchjd.aggregation import PCGrad, UPGrad
 
         for name in names:
             made = PCGrad() if "PCGrad" in name else UPGrad(torch.tensor([1.0, 0.0], device=given.kept.device))
             found[f"TorchJD {name}"] = Way(torchjd(given, made, "optimize" in name), ogd="UPGrad" in name)
     else:
-        found |= {f"TorchJD {name}": ABSENT for name in names}
-    there = installed("pytorch_optimizer")
-    found["pytorch_optimizer PCGrad"] = Way(pytorch_optimizer(given), ogd=False) if there else ABSENT
+        found |= {f"TorchJD {name}": why for name in names}
+    found["pytorch_optimizer PCGrad"] = absent("pytorch_optimizer") or Way(pytorch_optimizer(given), ogd=False)
     return found

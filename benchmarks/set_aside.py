@@ -151,8 +151,8 @@ def main(words: list[str]) -> None:
         if mode.startswith("fused") and not common.fused():
             results[mode] = common.UNFUSED
             continue
-        if mode in OTHERS and not common.installed(mode):
-            results[mode] = common.ABSENT
+        if mode in OTHERS and (why := common.absent(mode)):
+            results[mode] = why
             continue
         one = ("--mode", mode, "--size", asked.size, "--rounds", str(asked.rounds))
         results[mode] = json.loads(common.child("set_aside.py", *one, environment=common.MEMORY).splitlines()[-1])

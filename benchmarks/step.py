@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from benchmarks.common import ABSENT, Timed, installed
+from benchmarks.common import Timed, absent
 from ogdopt import ProjectedGradient
 
 MAX_NORM, LR = 1.0, 1e-6
@@ -107,9 +107,8 @@ def ways(model: Any, winner: Loss, loser: Loss) -> dict[str, Callable[[], Any] |
         "TorchJD UPGrad((1, 0)), optimize_gramian_computation": (True, None),
         "TorchJD UPGrad((1, 0)), one loss after the other": (True, 1),
     }
-    there = installed("torchjd")
-    found |= {name: torchjd(*both, *options) if there else ABSENT for name, options in names.items()}
-    found["pytorch_optimizer PCGrad"] = pytorch_optimizer(*both) if installed("pytorch_optimizer") else ABSENT
+    found |= {name: absent("torchjd") or torchjd(*both, *options) for name, options in names.items()}
+    found["pytorch_optimizer PCGrad"] = absent("pytorch_optimizer") or pytorch_optimizer(*both)
     return found
 
 

@@ -252,8 +252,8 @@ def main(words: list[str]) -> None:
         print(json.dumps(memory(asked.memory, *shape)))
         return
     path = asked.output.with_name(asked.output.name.replace("SIZE", asked.size))
-    if not common.installed("trl"):
-        results: dict[str, Any] = {f"TRL, reference {how}": common.ABSENT for how in TRL}
+    if why := common.absent("trl"):
+        results: dict[str, Any] = {f"TRL, reference {how}": why for how in TRL}
         common.show("A step of the harness beside TRL's DPOTrainer", ["", ""], [[*row] for row in results.items()])
         common.record(path, results)
         return
