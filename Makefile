@@ -1,6 +1,7 @@
 # make run    set up .venv and run the miniature study (arguments: make run ARGS="--study.seeds [0,1,2]")
 # make study  set up .venv and run a paper's toy study (make study NAME=tradeoff; without NAME it lists them)
 # make test   set up .venv, check style and types, run the suite (arguments: make test ARGS="-k gram")
+# make bench  set up .venv and measure against the peers, in ten minutes (arguments: make bench ARGS="--seconds 300")
 # make venv   set-up alone
 PYTHON ?= python3
 ARGS ?=
@@ -9,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BIN := .venv/bin
 
-.PHONY: venv run study test lint format clean
+.PHONY: venv run study test bench lint format clean
 
 venv: .venv/ready
 
@@ -25,6 +26,13 @@ run: venv
 
 study: venv
 	$(BIN)/python harness/run.py study $(NAME) $(ARGS)
+
+bench: venv .venv/bench
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+.venv/bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' && touch $@ || \
+		echo "not all peers could be installed; the table names those that are missing"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -11,20 +11,17 @@ benchmarks/results/objectives.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
 from ogdopt import AlternatingObjective, MaxGapObjective, MixedObjective, SequentialObjective
 from ogdopt.objectives import Objective
 
@@ -37,22 +34,12 @@ SCHEDULES: dict[str, Callable[[], Objective]] = {
     "MixedObjective": lambda: MixedObjective(WEIGHTS),
 }
 STEPS, SEQUENCES, TOKENS = 10, 4, 128
-RESULTS = Path(__file__).parent / "results"
 
 
 def losses() -> tuple[MistralForCausalLM, dict[str, Callable[[], torch.Tensor]]]:
     """The model and a closure for either objective, over the same number of sequences and tokens."""
-    config = MistralConfig(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        vocab_size=2000,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = MistralForCausalLM(config)
-    ids = {name: torch.randint(config.vocab_size, (SEQUENCES, TOKENS)) for name in WEIGHTS}
+    model = common.mistral("5M", num_hidden_layers=4, vocab_size=2000)
+    ids = {name: torch.randint(model.config.vocab_size, (SEQUENCES, TOKENS)) for name in WEIGHTS}
 
     def logps(x: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=x).logits[:, :-1].log_softmax(-1)
@@ -67,7 +54,6 @@ def losses() -> tuple[MistralForCausalLM, dict[str, Callable[[], torch.Tensor]]]
 
 def measure(make: Callable[[], Objective], rounds: int) -> dict[str, float]:
     """Median and range of the ratios of one schedule."""
-    torch.manual_seed(0)
     model, closures = losses()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
     objective = make()
@@ -94,29 +80,20 @@ def measure(make: Callable[[], Objective], rounds: int) -> dict[str, float]:
     for _ in range(2000):
         objective(free)
     decision = 1e6 * (time.process_time() - start) / 2000
-    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "decision_us": decision}
+    return common.spread(ratios) | {"decision_us": decision}
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure every schedule and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "objectives")
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    asked = parser.parse_args(words)
     torch.set_num_threads(1)
-    results = {}
-    print("| schedule | CPU time of a step, median | range | decision |\n| :-- | --: | --: | --: |")
-    for name, make in SCHEDULES.items():
-        results[name] = found = measure(make, rounds)
-        spread = f"{found['least']:.2f}-{found['most']:.2f}"
-        print(f"| {name} | {found['ratio']:.3f}x | {spread} | {found['decision_us']:.0f} µs |", flush=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions, "results": results}
-    path = RESULTS / "objectives.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    results = {name: measure(make, asked.rounds) for name, make in SCHEDULES.items()}
+    rows = [[name, common.times(found), f"{found['decision_us']:.0f} µs"] for name, found in results.items()]
+    common.show("", ["schedule", "CPU time of a step", "decision"], rows)
+    common.record(asked.output, results)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -4,34 +4,35 @@
 
 Every mode runs in a process of its own on one thread, so that its peak is its own. The unit of memory is the size of one
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
-optimizer state apart. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses, which runs
-right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer": of the change that
-it makes) with the loser's true gradient, in float64.
+optimizer state apart, once beside a plain step whose two losses share one graph and one backward pass, once beside one that
+takes them in turn. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses in turn, which runs
+right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer" or fused=True: of
+the change that is made) with the loser's true gradient, in float64.
 Results go to benchmarks/results/set_aside_SIZE.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-SIZES = {
-    "20M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 4000},
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "vocab_size": 8000},
-}
-"""Mistral shapes whose largest tensor is a tenth of the model or less."""
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+
 FEW, MANY = (1, 32), (2, 128)
 """Sequences and tokens a side: few for memory, so that activations do not hide it; many for time."""
-MODES = {
+PLAIN = {
     "plain": "winner alone, plain RMSprop",
-    "sum": "both losses added, plain RMSprop",
+    "graph": "both losses in one graph, plain RMSprop",
+    "sum": "both losses in turn, plain RMSprop",
+}
+OURS = {
     "none": "set_aside=None (by reference)",
     "bfloat16": "set_aside=torch.bfloat16",
     "int8": 'set_aside="int8"',
@@ -39,133 +40,142 @@ MODES = {
     "recompute": 'set_aside="recompute"',
     "metric": 'metric="optimizer"',
     "inside": 'scope="tensor", set_aside="recompute"',
+    "fused": "fused=True",
+    "fused_bfloat16": "fused=True, set_aside=torch.bfloat16",
 }
-RESULTS = Path(__file__).parent / "results"
+OTHERS = {
+    "torchjd": "TorchJD UPGrad((1, 0)), optimize_gramian_computation",
+    "pytorch_optimizer": "pytorch_optimizer PCGrad",
+}
+"""Peers, by their packages; their step is that of step.py."""
+MODES = PLAIN | OURS | OTHERS
 
 
-def child(mode: str, size: str, rounds: int) -> dict[str, float]:
+def options(mode: str) -> dict[str, Any]:
+    """What a mode gives to ProjectedGradient beside `max_norm`."""
+    import torch
+
+    aside: dict[str, Any] = {"bfloat16": torch.bfloat16, "fused_bfloat16": torch.bfloat16, "inside": "recompute"}
+    aside |= {name: name for name in ("int8", "cpu", "recompute")}
+    more: dict[str, Any] = {"metric": {"metric": "optimizer"}, "inside": {"scope": "tensor"}}
+    more |= {name: {"fused": True} for name in OURS if name.startswith("fused")}
+    return {"set_aside": aside.get(mode)} | more.get(mode, {})
+
+
+def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
     """Measure one mode in this process."""
     import torch
-    from transformers import MistralConfig, MistralForCausalLM
 
+    from benchmarks import step as steps
     from ogdopt import ProjectedGradient
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = MistralConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **SIZES[size])
-    model = MistralForCausalLM(config)
-
-    def losses(sequences: int, tokens: int) -> list:
-        # Pairs that share tokens have gradients that point the same way, as in preference data.
-        shared = torch.randint(config.vocab_size, (sequences, 3 * tokens // 4))
-        ids = [torch.cat([shared, torch.randint(config.vocab_size, (sequences, tokens // 4))], 1) for _ in range(2)]
-        return [lambda x=x: model(input_ids=x, labels=x).loss for x in ids]
-
-    winner, loser = losses(*FEW)
+    model = common.mistral(size)
     base = torch.optim.RMSprop(model.parameters(), lr=1e-6, foreach=False)
-    aside = {"bfloat16": torch.bfloat16, "plain": None, "sum": None, "none": None, "metric": None, "inside": "recompute"}
-    options = {"metric": "optimizer"} if mode == "metric" else {"scope": "tensor"} if mode == "inside" else {}
-    opt = ProjectedGradient(base, max_norm=1.0, set_aside=aside.get(mode, mode), **options)
+    opt = ProjectedGradient(base, max_norm=1.0, **options(mode))
     B = sum(p.nbytes for p in model.parameters())
+    winner, loser = common.sides(model, *FEW)
 
-    def plain(both: bool) -> None:
+    def plain(kind: str) -> None:
         base.zero_grad()
-        for loss in (loser, winner) if both else (winner,):
-            loss().backward()
+        if kind == "graph":
+            (winner() + loser()).backward()
+        else:
+            for loss in (loser, winner) if kind == "sum" else (winner,):
+                loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
         base.step()
         base.zero_grad()
 
-    def step() -> None:
-        plain(mode == "sum") if mode in ("plain", "sum") else opt.step(winner, loser)
+    both = (model, lambda: winner(), lambda: loser())  # whatever these are by then
+    if mode in PLAIN:
+        step: Callable[[], Any] = lambda: plain(mode)  # noqa: E731
+    elif mode == "torchjd":
+        step = steps.torchjd(*both, thrifty=True, chunk=1)
+    elif mode == "pytorch_optimizer":
+        step = steps.pytorch_optimizer(*both)
+    else:
+        step = lambda: opt.step(winner, loser)  # noqa: E731
 
-    plain(True)  # makes the base's state
+    plain("sum")  # makes the base's state
     step()
-    before, peak = resident(reset=True), 0.0
-    for _ in range(2):
-        step()
-    peak = (resident(peak=True) - before) / B
+    peak = common.added(lambda: [step() for _ in range(2)]) / B
     ratios, passes = [], []
-    winner, loser = losses(*MANY)
-    plain(True)
+    winner, loser = common.sides(model, *MANY)
+    plain("sum")
     step()
     for _ in range(rounds):
-        plain(True)
+        plain("sum")
         start = time.process_time()
-        plain(True)
+        plain("sum")
         middle = time.process_time()
         step()
         ratios.append((time.process_time() - middle) / (middle - start))
         passes.append(opt.report.passes if opt.report else 0)
-    result = {"parameters": B // 4, "peak": peak, "ratio": statistics.median(ratios), "spread": max(ratios) - min(ratios)}
-    if mode not in ("plain", "sum"):
-        result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes=mode == "metric")
+    result = {"parameters": B // 4, "peak": peak} | common.spread(ratios)
+    if mode in OURS:
+        changes = mode == "metric" or mode.startswith("fused")
+        result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes)
     return result
 
 
-def angle(model, opt, winner, loser, changes: bool) -> dict[str, float]:
+def angle(model: Any, opt: Any, winner: Callable[[], Any], loser: Callable[[], Any], changes: bool) -> dict[str, float]:
     """Cosine of what the base gets (or of the change that it makes) with the true g_l, and of the two gradients, in float64."""
     import torch
 
     params = list(model.parameters())
-    grads = [torch.autograd.grad(loss(), params) for loss in (winner, loser)]
-    seen = []
+    w, l = (torch.autograd.grad(loss(), params) for loss in (winner, loser))
+    seen: list[Any] = []
     hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
     before = [p.detach().clone() for p in params]
     opt.step(winner, loser)
     hook.remove()
     if changes:
-        seen = [q - p.detach() for p, q in zip(params, before)]
-
-    def dot(a, b) -> float:
-        return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b)))
-
-    w, l = grads
-    cos = dot(w, l) / (dot(w, w) * dot(l, l)) ** 0.5
-    return {"cosine": cos, "left": dot(seen, l) / (dot(seen, seen) * dot(l, l)) ** 0.5}
+        seen = [old - p.detach() for p, old in zip(params, before)]
+    return {"cosine": common.cosine(w, l), "left": common.cosine(seen, l)}
 
 
-def resident(reset: bool = False, peak: bool = False) -> int:
-    """Bytes of resident memory of this process, now or at its peak since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
-
-
-def main() -> None:
+def main(words: list[str]) -> None:
     """Run every mode and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="20M")
+    parser = common.parser(__doc__, "set_aside_SIZE")
+    parser.add_argument("--size", choices=common.SIZES, default="20M")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--mode", choices=MODES, help="one mode, in this process; prints JSON")
-    arguments = parser.parse_args()
-    if arguments.mode:
-        print(json.dumps(child(arguments.mode, arguments.size, arguments.rounds)))
+    asked = parser.parse_args(words)
+    if asked.mode:
+        print(json.dumps(measure(asked.mode, asked.size, asked.rounds)))
         return
-    # One arena that gives memory back, so that the peak is what is in use and not what malloc keeps.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    results = {}
-    print("| mode | peak, in gradients | CPU time | passes | cos(u, g_l) left |\n| :-- | --: | --: | --: | --: |")
-    for mode, label in MODES.items():
-        words = [sys.executable, __file__, "--mode", mode, "--size", arguments.size, "--rounds", str(arguments.rounds)]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{mode} failed:\n{done.stderr[-2000:]}")
-        results[mode] = found = json.loads(done.stdout.splitlines()[-1])
-        left = f"{found['left']:.1e}" if "left" in found else "–"
-        print(f"| {label} | {found['peak']:.2f} | {found['ratio']:.2f}x | {found.get('passes') or '–'} | {left} |", flush=True)
-    import torch
-    import transformers
+    results: dict[str, Any] = {}
+    for mode in dict.fromkeys(["graph", "sum", *asked.modes]):
+        if mode.startswith("fused") and not common.fused():
+            results[mode] = common.UNFUSED
+            continue
+        if mode in OTHERS and (why := common.absent(mode)):
+            results[mode] = why
+            continue
+        one = ("--mode", mode, "--size", asked.size, "--rounds", str(asked.rounds))
+        results[mode] = json.loads(common.child("set_aside.py", *one, environment=common.MEMORY).splitlines()[-1])
+        print(f"{MODES[mode]}: {results[mode]['peak']:.2f}", file=sys.stderr, flush=True)
+    report(results, asked.size)
+    common.record(asked.output.with_name(asked.output.name.replace("SIZE", asked.size)), results)
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions, "results": results}
-    path = RESULTS / f"set_aside_{arguments.size}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path}")
+
+def report(results: dict[str, Any], size: str) -> None:
+    """Print what was found as a table."""
+    rows = []
+    for mode in (mode for mode in MODES if mode in results):
+        found = results[mode]
+        if isinstance(found, str):
+            rows.append([MODES[mode], found, *["–"] * 5])
+            continue
+        beside = [f"{found['peak'] - results[form]['peak']:+.2f}" for form in ("graph", "sum")]
+        passes, left = found.get("passes"), found.get("left")
+        more = [f"{passes:.0f}" if passes else "–", "–" if left is None else f"{left:.1e}"]
+        rows.append([MODES[mode], f"{found['peak']:.2f}", *beside, common.times(found), *more])
+    columns = ["mode", "peak, in gradients", "above one graph", "above in turn", "CPU time", "passes", "cos(u, g_l) left"]
+    common.show(f"{size}: memory of a step", columns, rows)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, common.ALONE)

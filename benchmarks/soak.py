@@ -11,10 +11,8 @@ benchmarks/results/soak.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -27,7 +25,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from benchmarks.common import ROOT
+
 MARK = "OGDOPT_SOAK"
 LIMIT = 300
 """Seconds that a start may take in all, and that a launcher may take to end what is left of a run."""
@@ -154,23 +156,19 @@ def soak(folder: Path, processes: int, kills: int, seed: int) -> dict[str, int |
     }
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Soak and write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "soak")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), asked.processes, asked.kills, asked.seed)
     print(json.dumps(found, indent=1))
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions, "results": found}
-    path = Path(__file__).parent / "results" / "soak.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    common.record(asked.output, found)
     sys.exit(bool(found["largest difference"] or found["lines that differ"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

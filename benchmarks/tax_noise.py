@@ -9,8 +9,6 @@ truth. For equally good models that share is what a report's "inside the noise f
 
 from __future__ import annotations
 
-import argparse
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import common
 from harness.runs import Answers, Evaluation
 from harness.tax import compare, tax
 
@@ -49,18 +48,17 @@ def answers(rng: np.random.Generator, right: np.ndarray, flips: float, loss: flo
     return np.where(right, draw >= lost / p, draw < gained / (1 - p))
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Simulate, and print one row a truth."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = common.parser(__doc__, "tax_noise")
     parser.add_argument("--repetitions", type=int, default=200)
-    repetitions = parser.parse_args().repetitions
+    asked = parser.parse_args(words)
     rng, started = np.random.default_rng(0), time.process_time()
-    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, {repetitions} repetitions")
-    print(f"{'truth':28} {'TAX':>7} {'mean':>7} {'null':>7} {'p<.05':>6} {'covered':>8} {'<= paper':>9}")
+    results: dict[str, dict[str, float]] = {}
     for name, (flips, losses) in TRUTHS.items():
         truth = tax([1.0] * 8, [1 - loss for loss in losses])
         found = []
-        for repetition in range(repetitions):
+        for repetition in range(asked.repetitions):
             base = {task: rng.random(n) < p for task, (n, p, _) in SIZES.items()}
             tuned = {task: answers(rng, right, flips, loss) for (task, right), loss in zip(base.items(), losses)}
             pair = [
@@ -69,12 +67,19 @@ def main() -> None:
             ]
             found.append(compare(pair[0], {"tuned": pair[1]}, samples=2000, seed=repetition)["tuned"])
         values = np.array([t.value for t in found])
-        rates = [np.mean([t.p_value < 0.05 for t in found]), np.mean([t.low <= truth <= t.high for t in found])]
-        null = np.mean([t.null_mean for t in found])
-        below = np.mean(values <= PAPER)
-        print(f"{name:28} {truth:7.2f} {values.mean():7.2f} {null:7.2f} {rates[0]:6.2f} {rates[1]:8.2f} {below:9.2f}")
+        results[name] = {
+            "TAX": truth,
+            "mean": float(values.mean()),
+            "null": float(np.mean([t.null_mean for t in found])),
+            "p<.05": float(np.mean([t.p_value < 0.05 for t in found])),
+            "covered": float(np.mean([t.low <= truth <= t.high for t in found])),
+            "<= paper": float(np.mean(values <= PAPER)),
+        }
+    columns = ["truth", *next(iter(results.values()))]
+    common.show("", columns, [[name, *(f"{x:.2f}" for x in row.values())] for name, row in results.items()])
     print(f"{time.process_time() - started:.0f} s of CPU time")
+    common.record(asked.output, results)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
