@@ -25,7 +25,7 @@ from harness.jobs import Job
 from harness.joint import STREAMS
 from harness.meter import Meter, utilization
 from harness.model import export, model_card
-from harness.progress import Bar, Speed, Stopped, Taken, stop_signals
+from harness.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
 from harness.ranks import ALONE, Ranks
 from harness.trackers import Trackers
 from ogdopt import StepReport
@@ -84,6 +84,7 @@ class Trainer(Collector):
         meter, speed = Meter(self.device), Speed()
         bar = Bar(job.label, plan.steps, progress.step, self.ranks.first)
         with closing(self.trackers), bar, stop_signals() as asked:
+            signals = Signals(self.ranks, asked)
             while progress.step < plan.steps and not progress.enough:
                 with meter:
                     taken = self._step(progress.step)
@@ -93,10 +94,10 @@ class Trainer(Collector):
                 measured = epoch_ends or progress.step % self._eval_steps() == 0
                 line: dict[str, float] = {}
                 if measured or progress.step % job.config.logging_steps == 0:
-                    line, stop = self._line(taken, asked, speed)
+                    line, stop = self._line(taken, signals, speed)
                     bar.show(progress.step, line)
                 else:
-                    stop = self._asked(asked)
+                    stop = signals.look()
                     bar.advance(progress.step)
                 if measured:
                     line |= self._measure() | self._layers()
@@ -134,10 +135,6 @@ class Trainer(Collector):
                 self.objective.load_state_dict(progress.schedule["objective"])
                 self.taken = dict(progress.schedule["taken"])
         return progress
-
-    def _asked(self, asked: list[int]) -> int:
-        """The signal that asked a process to stop; 0 for none. All of them learn of it at the same step."""
-        return max(self.ranks.gather(asked[0] if asked else 0))
 
     def _enough(self, line: dict[str, float]) -> str:
         """Why this run may end before its last step; "" where it may not. One after the other always runs to its end."""
@@ -181,13 +178,11 @@ class Trainer(Collector):
         self.scheduler.step()
         return taken
 
-    def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
+    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
         """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
         report = taken.report
         assert report is not None
-        flags = [0.0] * self.ranks.size
-        flags[self.ranks.rank] = float(asked[0]) if asked else 0.0
-        line, flags = taken.total(self.ranks, self.device, *flags)
+        line, news = taken.total(self.ranks, self.device, *signals.news())
         tokens, positions = line.pop("tokens"), line.pop("slots")
         line |= {"learning_rate": taken.learning_rate, "grad_norm": report.grad_norm}
         line |= {"tokens_per_second": tokens / speed.seconds_a_step(), "padding": 1 - tokens / positions}
@@ -211,7 +206,7 @@ class Trainer(Collector):
             if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
                 line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
         line |= taken.known
-        return line | self._entanglement(line, report, taken.seen, taken.each), int(max(flags))
+        return line | self._entanglement(line, report, taken.seen, taken.each), signals.heard(news)
 
     # ---- files ------------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """Training on several processes is training on one: same steps, same resume, one message a logged step, no one left behind."""
 
 import json
+import signal
 
 import pytest
 import torch
 
+from harness import progress
 from harness.batches import deal, slots
+from harness.ranks import Ranks
 from tests import small
 from tests.test_distributed import ROOT, launch
 from tests.workers import training
@@ -27,7 +30,7 @@ def worlds(tok, tmp_path_factory):
     training.run(folder / "from1", tok, "plain", "ogd", stop=3)
     goes_on = ["goon:ogd@from1", "cut:ogd@from2", "cut:ogd@back", "cut:ogd@same", "goon:ogd@same"]
     for n, cases in (
-        (2, [*SAME, *goes_on, "counted:dpo", "counted:ogd", "spoiled:ogd", "patience:"]),
+        (2, [*SAME, *goes_on, "counted:dpo", "counted:ogd", "seldom:ogd", "spoiled:ogd", "patience:"]),
         (4, ["uneven:dpo", "goon:ogd@from2"]),
     ):
         end = launch(n, folder, *cases, worker=WORKER)
@@ -90,8 +93,29 @@ def test_a_step_has_few_messages_and_logging_it_one(method, messages, worlds):
         assert own == {"allreduce_": messages}
         assert found["logging"][0] == {"allreduce_": 1}
         assert found["logging"][1] == 1 or method == "ogd"  # a report's numbers are on the host already
+        assert found["between"] == [{}, 0]  # steps that are not logged have no messages
         forwards = 2 if method == "ogd" else 1
         assert found["step"][1] - forwards * found["scoring"][1] <= messages + 1
+
+
+def test_a_signal_in_a_step_that_is_not_logged_is_heeded_at_the_next_message(worlds):
+    """It comes to one process in the second step; the third is measured, which both learn of it by."""
+    for found in worlds("seldom:ogd", 2):
+        assert [line["step"] for line in found["lines"]] == [0, 3]
+
+
+@pytest.mark.parametrize(("pace", "looks"), [(0.1, [0, 33, 66]), (3.0, [*range(80)])])
+def test_signals_between_logged_steps_are_asked_for_every_few_seconds(pace, looks, monkeypatch):
+    """In steps of 0.1 s, which take the slower of two processes 0.15 s, that is every 33rd; in slow ones each."""
+    clock, seen, others = [0.0], [], [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Ranks, "gather", lambda self, news: seen.append(step) or [news, [0.0, others[0], 0.0, 1.5 * news[2]]])
+    signals = progress.Signals(Ranks(0, 2), [])
+    for step in range(80):
+        clock[0] += pace
+        others[0] = signal.SIGTERM if step >= 40 else 0.0
+        assert signals.look() == (signal.SIGTERM if step >= 40 and step in looks else 0)
+    assert seen == looks
 
 
 def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(worlds):

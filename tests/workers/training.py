@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from harness.config import LoraConfig
 from harness.jobs import Job
 from harness.model import prepare
-from harness.progress import Speed, Stopped
+from harness.progress import Signals, Stopped
 from harness.ranks import ALONE, FailedElsewhere, join
 from harness.train import Trainer
 from tests import small
@@ -85,11 +85,15 @@ def counted(folder, tok, method, ranks):
         made._logps(small.preferences(tok, n=4).winners)  # what the model's own forward asks
     with Watch() as step:
         taken = made._step(1)
-    speed = Speed()
-    speed.lap()
     with Watch() as logging:
-        made._line(taken, [], speed)
-    return {name: [x.collectives, x.reads] for name, x in {"scoring": scoring, "step": step, "logging": logging}.items()}
+        small.line(made, taken)
+    signals = Signals(ranks, [])
+    signals.look()
+    with Watch() as between:
+        for _ in range(20):
+            signals.look()
+    seen = {"scoring": scoring, "step": step, "logging": logging, "between": between}
+    return {name: [x.collectives, x.reads] for name, x in seen.items()}
 
 
 def spoiled(folder, tok, method, ranks):
@@ -135,6 +139,8 @@ def main(folder, cases):
             result = others[what](home, tok, name, ranks)
         elif what == "cut":
             result = run(home, tok, "plain", name, ranks, stop=2)  # saved right behind a measurement, with no export between
+        elif what == "seldom":
+            result = run(home, tok, "plain", name, ranks, stop=1, logging_steps=100)
         elif what == "goon":
             result = run(home, tok, "plain", name, ranks, model_seed=99)
         else:
