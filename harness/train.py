@@ -58,7 +58,6 @@ class Trainer(Collector):
 
     def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
         super().__init__(job, *scorer, **named)
-        self._check_for_many(self.ranks.size)
         self.plan = job.plan
         self.scheduler = schedule(job.config, self.optimizer, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
@@ -142,16 +141,6 @@ class Trainer(Collector):
         if joint is None or self.method.schedule is SequentialObjective:
             return ""
         return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
-
-    def _check_for_many(self, processes: int) -> None:
-        """Raises ValueError for what is only known to be right in one process."""
-        method, what = self.method, ""
-        if method.loss == "sparse" or method.per_pair or method.reward:
-            what = f"method {self.job.method!r}"
-        elif self.job.probe_steps:
-            what = "preference.probe_steps"
-        if what and processes > 1:
-            raise ValueError(f"{what} runs in one process, and there are {processes}; start it with python instead of torchrun")
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 WORKER = str(ROOT / "tests" / "workers" / "two_gradients.py")
 
 
-def launch(ranks, folder, *words, worker=WORKER):
+def launch(ranks, folder, *words, worker=WORKER, seconds=200):
     """Run a worker under torch's launcher with a time limit; its exit and what it said on the way."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -34,7 +34,7 @@ def launch(ranks, folder, *words, worker=WORKER):
         stderr=subprocess.STDOUT,
     ) as child:
         try:
-            said, _ = child.communicate(timeout=200)
+            said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             child.terminate()  # the launcher takes its ranks with it
             said, _ = child.communicate()
