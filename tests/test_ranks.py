@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from harness import progress
 from harness.batches import deal, slots
 from harness.ranks import Ranks
 from tests import small
-from tests.test_distributed import ROOT, launch
+from tests.test_distributed import ROOT, launch, once
 from tests.workers import training
 
 WORKER = str(ROOT / "tests" / "workers" / "training.py")
@@ -30,25 +31,25 @@ def tok(tmp_path_factory):
 @pytest.fixture(scope="module")
 def worlds(tok, tmp_path_factory):
     """What ranks wrote: `ask(case, ranks)`. One launch of two ranks and one of four; runs that go on meet in folders."""
-    folder = tmp_path_factory.mktemp("worlds")
     goes_on = ["goon:ogd@from1", "cut:ogd@from2", "cut:ogd@back", "cut:ogd@same", "goon:ogd@same"]
     cases = {2: [*LOADING, *SAME, *goes_on, *ODD], 4: ["uneven:dpo", "goon:ogd@from2"]}
 
+    def work(n, folder):
+        if n == 2:
+            training.run(folder / "from1", tok, "plain", "ogd", stop=3)
+        else:
+            shutil.copytree(launched(2) / "from2", folder / "from2")
+        return launch(n, folder, *cases[n], worker=WORKER, seconds=250)
+
     @functools.cache
     def launched(n):
-        if n == 4:
-            launched(2)  # which the run goes on from
-        else:
-            training.run(folder / "from1", tok, "plain", "ogd", stop=3)
-        end = launch(n, folder, *cases[n], worker=WORKER, seconds=250)
-        assert end["code"] == 0, end["said"][-8000:]
+        return once(tmp_path_factory, f"training-{n}", functools.partial(work, n))
 
     def ask(case, ranks):
-        launched(ranks)
-        files = [folder / f"{case.replace(':', '-')}.{ranks}.{rank}.json" for rank in range(ranks)]
+        files = [launched(ranks) / f"{case.replace(':', '-')}.{ranks}.{rank}.json" for rank in range(ranks)]
         return [json.loads(file.read_text()) for file in files]
 
-    ask.folder = folder
+    ask.folder = launched
     return ask
 
 
@@ -75,6 +76,17 @@ def test_many_processes_take_the_steps_of_one(case, ranks, worlds, tok, tmp_path
     assert (torch.tensor(one["parameters"]) - start).abs().max() > 1e-3  # so that an agreement to 1e-6 says something
 
 
+def test_accelerate_launches_the_same_run(tok, tmp_path):
+    pytest.importorskip("accelerate.commands.launch", reason="accelerate is not installed")
+    settings = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 --num_processes"
+    launcher = ["accelerate.commands.launch", *settings.split()]  # without GPUs too: it names this way of launching so
+    end = launch(2, tmp_path, "uneven:ogd", worker=WORKER, launcher=launcher)
+    assert end["code"] == 0, end["said"][-8000:]
+    one = training.run(tmp_path / "one", tok, "uneven", "ogd")
+    for rank in range(2):
+        agree(json.loads((tmp_path / f"uneven-ogd.2.{rank}.json").read_text()), one)
+
+
 @pytest.mark.parametrize(("case", "ranks"), [("goon:ogd@from1", 2), ("goon:ogd@from2", 4), ("goon:ogd@same", 2)])
 def test_a_run_goes_on_with_other_processes(case, ranks, worlds, whole):
     """Stopped by SIGTERM in the middle of an epoch, then 1 -> 2, 2 -> 4 and 2 -> 2 processes, from another start."""
@@ -85,7 +97,7 @@ def test_a_run_goes_on_with_other_processes(case, ranks, worlds, whole):
 def test_a_run_goes_on_in_one_process(worlds, whole, tok):
     """2 -> 1."""
     assert len(worlds("cut:ogd@back", 2)[0]["lines"]) == 4  # the start and three steps
-    agree(training.run(worlds.folder / "back", tok, "plain", "ogd", model_seed=99), whole)
+    agree(training.run(worlds.folder(2) / "back", tok, "plain", "ogd", model_seed=99), whole)
 
 
 def test_the_same_processes_go_on_bit_for_bit(worlds):
