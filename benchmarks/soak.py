@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.common import ROOT
 
+RUN = ROOT / "harness" / "run.py"
 MARK = "OGDOPT_SOAK"
 LIMIT = 300
 """Seconds that a start may take in all, and that a launcher may take to end what is left of a run."""
@@ -54,11 +56,18 @@ OPTIONS = {
 }
 
 
-def start(folder: Path, processes: int, mark: str) -> subprocess.Popen:
-    """The study in `folder`, on so many processes, with its output in a file beside it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    words = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
-    command = [sys.executable, *launcher, str(ROOT / "harness" / "run.py"), "--study.output_dir", str(folder), *words]
+def start(
+    folder: Path, processes: int, mark: str, changes: Mapping[str, str] = {}, restarts: int = 0, program: Path = RUN
+) -> subprocess.Popen:
+    """The study in `folder`, on so many processes, with its output in a file beside it.
+
+    `changes` are options beside `OPTIONS`, `restarts` how often the launcher may start all processes again by itself, and
+    `program` what stands for harness/run.py.
+    """
+    alone = processes == 1
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    words = [word for name, value in {**OPTIONS, **changes}.items() for word in (f"--{name}", value)]
+    command = [sys.executable, *([] if alone else starter), str(program), "--study.output_dir", str(folder), *words]
     environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
@@ -101,9 +110,9 @@ def kill(process: subprocess.Popen, mark: str, rng: random.Random) -> str:
     return kind
 
 
-def finished(folder: Path, processes: int) -> None:
+def finished(folder: Path, processes: int, changes: Mapping[str, str] = {}) -> None:
     """Run the study to its end. Raises RuntimeError with the end of its output where it does not get there."""
-    code = start(folder, processes, "whole").wait(timeout=LIMIT)
+    code = start(folder, processes, "whole", changes).wait(timeout=LIMIT)
     if code:
         raise RuntimeError(f"the study in {folder} ended with {code}:\n{folder.with_suffix('.log').read_text()[-3000:]}")
 

@@ -8,7 +8,7 @@ and their gradients one gradient.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from harness.adapters import without_dropout
 from harness.data import Example
 from harness.jobs import Job
-from harness.measuring import EVAL_BETA, Scorer, chunks, dpo_of, pairs_of, rewards_of
+from harness.measuring import EVAL_BETA, Scorer, dpo_of, pairs_of, rewards_of
 from harness.progress import Taken
 from ogdopt import PairedGradient
 from ogdopt.diagnostics import Probe, probe, weights
@@ -95,8 +95,12 @@ class Collector(Scorer):
         return found
 
     def _collect_each_pair(self, indices: list[int], taken: Taken) -> list[Gram]:
-        """The mean over pairs of each one's own mixture; returns their Gram numbers."""
-        data, found = self.job.data, []
+        """The mean over pairs of each one's own mixture; returns their Gram numbers.
+
+        Several processes share the memory of it, not the work: each runs every pair, and has its share in the sums.
+        """
+        data, found, share = self.job.data, [], 1 / len(indices)
+        told = share / self.ranks.size
 
         def loss(side: str, i: int, seen: dict[str, Tensor]) -> Tensor:
             row = (data.winners if side == "winner" else data.losers)[i]
@@ -104,11 +108,12 @@ class Collector(Scorer):
             value = nll(completion, self.job.config.loss_reduction).sum()
             seen[side] = completion.logp.detach()
             name = {"winner": "chosen", "loser": "rejected"}[side]
-            tokens = len(row.prompt_ids) + len(row.completion_ids)
-            taken.tokens, taken.slots = taken.tokens + tokens, taken.slots + tokens
-            taken.add(**{f"logps/{name}": seen[side].sum() / len(indices)})
+            if self.ranks.first:
+                tokens = len(row.prompt_ids) + len(row.completion_ids)
+                taken.tokens, taken.slots = taken.tokens + tokens, taken.slots + tokens
+            taken.add(**{f"logps/{name}": seen[side].sum() * told})
             if side == "winner":
-                taken.add(loss=value / len(indices))
+                taken.add(loss=value * told)
             return value
 
         with self.optimizer.winner():
@@ -116,9 +121,9 @@ class Collector(Scorer):
                 seen: dict[str, Tensor] = {}
                 winner, loser = (partial(loss, side, i, seen) for side in ("winner", "loser"))
                 rule = lambda gram, i=i, seen=seen: scaled(  # noqa: E731
-                    self.method.rule, self._weight([i], seen, taken, 1 / len(indices))
+                    self.method.rule, self._weight([i], seen, taken, told)
                 )(gram)
-                found.append(add_pair(self.model.parameters(), winner, loser, rule, 1 / len(indices)))
+                found.append(add_pair(self.model.parameters(), winner, loser, rule, share))
         return found
 
     def _weight(self, indices: list[int], logps: dict[str, Tensor], taken: Taken, share: float = 1.0) -> Tensor:
@@ -254,13 +259,21 @@ class Collector(Scorer):
         both = self.job.data.paired or method.loss == "kto"
         return bool(every and step % every == 0 and both) and not (method.two_gradients or method.per_pair or method.schedule)
 
-    def _probe(self, winners: list[int], losers: list[int]) -> AbstractContextManager[Probe]:
+    @contextmanager
+    def _probe(self, winners: list[int], losers: list[int]) -> Iterator[Probe]:
         """Watch what the step does to the mean log-probabilities of its batch."""
+        size = self.ranks.size
 
         def mean(rows: list[Example], indices: list[int]) -> Iterator[Tensor]:
+            examples = [rows[i] for i in indices]
             with without_dropout(self.model):
-                for micro in chunks(indices, self.job.config.per_device_train_batch_size):
-                    yield self._score([rows[i] for i in micro]).logp.sum() / len(indices)
+                for micro in self._deal(examples, Taken()):
+                    logps = self._score([examples[i] for i in micro.rows]).logp
+                    yield size * logps.sum() / len(indices) * micro.counts  # processes' gradients are averaged
 
         data = self.job.data
-        return probe(self.trained.parameters(), partial(mean, data.winners, winners), partial(mean, data.losers, losers))
+        sides = partial(mean, data.winners, winners), partial(mean, data.losers, losers)
+        with probe(self.trained.parameters(), *sides) as seen:
+            yield seen
+        self._resharded()
+        seen.realised = tuple((self.ranks.sum(torch.tensor(seen.realised, device=self.device)) / size).tolist())

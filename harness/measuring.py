@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from harness.adapters import bare, without_dropout
+from harness.adapters import bare
 from harness.batches import Micro, deal, slots
 from harness.data import Example, collate, mismatched, order
 from harness.jobs import Job
@@ -52,7 +52,7 @@ class Scorer:
         self.sparse: SparseTerm | None = None
         if self.method.loss == "sparse":
             size = bare(model).config.hidden_size
-            self.sparse = SparseTerm(job.sparse, job.data, size, job.config.train_on_prompt, device)
+            self.sparse = SparseTerm(job.sparse, job.data, size, job.config.train_on_prompt, device, ranks)
         self.reference: dict[str, Tensor] = {}
 
     def _deal(self, examples: Sequence[Example], taken: Taken | None = None, answers: int = 1) -> list[Micro]:
@@ -92,8 +92,12 @@ class Scorer:
                 yield
         finally:
             model.train()
-            if isinstance(plain := bare(model), FSDPModule):
-                plain.reshard()  # what lies outside of the layers stays gathered until a backward pass, and none comes
+            self._resharded()
+
+    def _resharded(self) -> None:
+        """Behind passes without gradients: what lies outside of the layers stays gathered until a backward pass comes."""
+        if isinstance(plain := bare(self.model), FSDPModule):
+            plain.reshard()
 
     def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
         """The scored tokens of each example, (1, T - 1), on the CPU, without gradients, in every process."""
@@ -117,15 +121,6 @@ class Scorer:
                     found[:, micro.rows] = torch.stack([completion.logp, completion.length.to(completion.logp.dtype)])
         sums, lengths = self.ranks.sum(found).cpu()
         return sums, lengths
-
-    def _token_logps(self, examples: Sequence[Example]) -> Tensor:
-        """Log-probabilities of all tokens that training scores, example after example, on the CPU, without gradients."""
-        found = []
-        with torch.no_grad(), without_dropout(self.model):
-            for micro in chunks(examples, max(64, self.job.config.per_device_train_batch_size)):
-                completion = self._score(micro)
-                found.append(completion.logps[completion.mask.bool()].cpu())
-        return torch.cat(found)
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
@@ -166,7 +161,8 @@ class Scorer:
         if self.method.loss == "kto":
             found["train_mismatched"] = self._logps(self.mismatched)[0]
         if self.sparse is not None:
-            found["train_tokens"] = self._token_logps([*self.job.data.winners, *self.job.data.losers])
+            scored = self._scores([*self.job.data.winners, *self.job.data.losers], self.job.config.train_on_prompt)
+            found["train_tokens"] = torch.cat([completion.logps[completion.mask.bool()] for completion in scored])
         if self.job.held_out is not None:
             found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
             found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
@@ -229,8 +225,3 @@ def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tenso
         "rewards/margins": beta * (chosen - rejected).mean(),
         "rewards/accuracies": (chosen > rejected).float().mean(),
     }
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
-    """Consecutive parts of at most `size` items."""
-    return (items[i : i + size] for i in range(0, len(items), size))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +36,7 @@ from harness.files import replaced
 from harness.ranks import ALONE, Ranks
 from ogdopt.losses import Completion
 
+M = TypeVar("M", bound=nn.Module)
 SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TURNS = ["[INST]", "[/INST]"]
 CHAT_TEMPLATE = (
@@ -198,24 +202,73 @@ def prepare(
     trained: Any = trained_parts(model, config, seed)
     bf16 = config.bf16 and device.type != "cpu"
     if ranks.size > 1 or (bf16 and device.type == "cuda"):
-        shard(trained, device, ranks.size, bf16)
+        shard(trained, device, ranks, bf16)
     return trained.to(device).train()
 
 
-def shard(model: PreTrainedModel, device: torch.device, processes: int, bf16: bool) -> None:
+def outlined(load: Callable[[], M], ranks: Ranks) -> M:
+    """What `load` returns, in the first process alone; the others get its outline, whose tensors have no storage.
+
+    `prepare` makes the same of both, and `shard` gives every process its part of the first one's values.
+    """
+    loaded: list[M] = []
+
+    def work() -> M:
+        loaded.append(load())
+        return deepcopy(loaded[0], {id(t): _hollow(t) for t in chain(loaded[0].parameters(), loaded[0].buffers())})
+
+    if ranks.size == 1:
+        return load()
+    outline = ranks.tell(work)
+    return loaded[0] if ranks.first else outline
+
+
+def shard(model: PreTrainedModel, device: torch.device, ranks: Ranks, bf16: bool) -> None:
     """Share the parameters, their gradients and with them the optimizer's state out among all processes (FSDP2).
 
     A layer at a time is gathered to compute with; in bfloat16 with `bf16`, while weights and the sums of gradients stay as
-    they are. Gradients are the mean of the processes' own.
+    they are. Gradients are the mean of the processes' own. All values are the first process's: it sends them tensor by tensor,
+    and no other ever holds the whole model.
     """
     plain = bare(model)
-    mesh = init_device_mesh(device.type, (processes,))
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    values = _emptied(model) if ranks.size > 1 else None
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in blocks(plain):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(plain, mesh=mesh, mp_policy=policy)
+    if values is not None:
+        _filled(model, values if ranks.first else ({}, {}), device)
     plain.scored_logps = MethodType(_scored_logps, plain)  # type: ignore[assignment]
     register_fsdp_forward_method(plain, "scored_logps")  # gathers what lies outside of the layers, as forward() would
+
+
+def _emptied(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state dict, buffers) of a model, which afterwards has no storage; what was tied stays so."""
+    values = model.state_dict(), dict(model.named_buffers())
+    hollow: dict[int, Tensor] = {}
+    for module in model.modules():
+        held: dict[str, Any]
+        for held in (module._parameters, module._buffers):
+            held.update({name: hollow.setdefault(id(t), _hollow(t)) for name, t in held.items() if t is not None})
+    return values
+
+
+def _filled(model: nn.Module, values: tuple[dict[str, Any], dict[str, Tensor]], device: torch.device) -> None:
+    """Storage for this process's shards, and the first process's values in it."""
+    model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, values[0], options=options)
+    for name, buffer in model.named_buffers():  # those that a state dict leaves out too
+        if name in values[1]:
+            buffer.copy_(values[1][name])
+        dist.broadcast(buffer, 0)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor or parameter like this one, without storage."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def completion_logps(

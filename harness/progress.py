@@ -20,6 +20,7 @@ from ogdopt.diagnostics import Probe
 from ogdopt.gram import Gram
 
 EVERY = 30.0  # seconds between plain lines
+HEED = 5.0  # seconds, about, from a signal to the step that is the last; batch systems give a minute or more to save in
 
 
 class Stopped(KeyboardInterrupt):
@@ -130,6 +131,39 @@ def clock(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+class Signals:
+    """What asks a run to stop, and when its processes tell each other: at logged steps, and between these every few seconds.
+
+    How many steps are a few seconds all of them reckon from the same figures, those of the last message, so that steps between
+    messages need none. The first step ends with one.
+    """
+
+    def __init__(self, ranks: Ranks, asked: list[int]) -> None:
+        self.ranks, self.asked = ranks, asked
+        self.steps, self.due, self.told = 0, 1, time.perf_counter()
+
+    def news(self) -> list[float]:
+        """A step is done, and this is for its message, which adds up: signal and seconds of each process, in its place."""
+        self.steps += 1
+        mine, size = [0.0] * (2 * self.ranks.size), self.ranks.size
+        mine[self.ranks.rank :: size] = [float(self.asked[0] if self.asked else 0), time.perf_counter() - self.told]
+        return mine
+
+    def heard(self, news: list[float]) -> int:
+        """The signal that asked a process to stop, of all processes' news; 0 for none."""
+        signals, seconds = news[: self.ranks.size], max(news[self.ranks.size :])
+        self.due = max(1, int(HEED * self.steps / seconds))
+        self.steps, self.told = 0, time.perf_counter()
+        return int(max(signals))
+
+    def look(self) -> int:
+        """A step is done that has no message: the signal, if it is time to ask for it or this process is alone."""
+        news = self.news()
+        if self.ranks.size > 1 and self.steps < self.due:
+            return 0
+        return self.heard([sum(parts) for parts in zip(*self.ranks.gather(news))])
 
 
 @contextmanager

@@ -8,6 +8,8 @@ connections, and the launcher ends the rest.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
@@ -106,12 +109,35 @@ def join(device: str) -> tuple[Ranks, torch.device]:
         return Ranks(), torch.device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group(backend, **alone)
+        store = HashStore() if size == 1 else _fresh_store()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     global _joined
     patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     _joined = Ranks(rank, size, patient)
     return _joined, torch.device(device)
+
+
+def _fresh_store() -> PrefixStore:
+    """A part of the launcher's store that nothing was written to before.
+
+    A launcher that starts the processes again (--max-restarts) keeps the store, and in it the addresses of those that died,
+    which the new ones would call. So the first process names this start, the others answer it with a word of their own, and
+    who finds its word repeated knows that the name is not one of a start before.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    word, deadline = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    if rank == 0:
+        store.set("ogdopt/start", word)
+        answers = [store.get(f"ogdopt/{word}/{other}").decode() for other in range(1, size)]
+        store.set(f"ogdopt/{word}/answers", " ".join(answers))
+        return PrefixStore(word, store)
+    while time.monotonic() < deadline:
+        name = store.get("ogdopt/start").decode()
+        store.set(f"ogdopt/{name}/{rank}", word)
+        if store.check([answers := f"ogdopt/{name}/answers"]) and word in store.get(answers).decode().split():
+            return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise TimeoutError("the first process has not come")
 
 
 def leave(ranks: Ranks) -> None:
@@ -136,7 +162,8 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", timeout=PATIENCE, store=_fresh_store(), rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from harness.data import Example, collate
 from harness.measures import sums_of
 from harness.measuring import rewards_of
 from harness.model import attention_of
-from harness.progress import Speed, Taken
+from harness.progress import Signals, Speed, Taken
 from harness.train import Trainer
 from ogdopt.losses import Completion
 
@@ -59,8 +59,8 @@ class RewardTrainer(Trainer):
     def _reference_logps(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
-        line, stop = super()._line(taken, asked, speed)
+    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
+        line, stop = super()._line(taken, signals, speed)
         line |= {f"rewards/{side}": line.pop(f"logps/{side}") for side in ("chosen", "rejected")}
         return line | {"rewards/margins": line["rewards/chosen"] - line["rewards/rejected"]}, stop
 

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from harness.config import SparseConfig
 from harness.data import Preferences, collate
+from harness.ranks import ALONE, Ranks
 from ogdopt.losses import Completion, Pairs, sparse
 
 
@@ -33,26 +36,30 @@ class Significance(nn.Module):
 
     def forward(self, states: Tensor, places: Tensor) -> Tensor:
         """(n,) of tokens with hidden states (n, size), which stand at `places` (n,) among all tokens."""
-        return self.free[places] if self.head is None else self.head(states.detach().float()).squeeze(-1)
+        return self.free[places] if self.head is None else self.head(states.detach().float()).sum(-1)  # FSDP2 wants no view
 
 
 class SparseTerm:
     """The sparse loss of training pairs: where their tokens are, what the reference says of them, and their significance."""
 
-    def __init__(self, config: SparseConfig, data: Preferences, size: int, on_prompt: bool, device: torch.device) -> None:
+    def __init__(
+        self, config: SparseConfig, data: Preferences, size: int, on_prompt: bool, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         masks = (collate([example], 0, on_prompt).loss_mask for example in [*data.winners, *data.losers])
         self.ends = [0, *accumulate(int(mask.sum()) for mask in masks)]
         """Where the tokens of each winner, and behind them of each loser, begin and end among all."""
         self.losers = len(data.winners)
         self.significance = Significance(size if config.significance == "hidden" else None, self.ends[-1], config.initial)
         self.significance.to(device)
+        if ranks.size > 1:  # as the model is, so that its gradients are the mean of the processes' own too
+            fully_shard(self.significance, mesh=init_device_mesh(device.type, (ranks.size,)))
         self.reference = torch.zeros(0)
         """Log-probabilities of all tokens under the reference, (tokens,), nats."""
 
     def losses(
         self, chosen: Completion, rejected: Completion, states: Tensor, rows: Sequence[int], **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss of each pair (n,), mean |w| of either side's tokens and the share that is on) of the training pairs `rows`.
+        """(loss of each pair (n,), means over answers of |w| and of the share of tokens that is on) of the pairs `rows`.
 
         `states` are the hidden states in front of all scored tokens of the chosen, then of the rejected completions.
         """
@@ -67,6 +74,7 @@ class SparseTerm:
         found = sparse(Pairs(chosen, rejected), reference, (ws[:n], ws[n:]), **options)
         seen = {}
         for side, values, completion in (("chosen", ws[:n], chosen), ("rejected", ws[n:], rejected)):
-            tokens = completion.length.sum()
-            seen |= {f"sparse/on_{side}": (values > 0).sum() / tokens, f"sparse/w_{side}": values.abs().sum() / tokens}
+            tokens = completion.length  # by answer, so that it does not matter which ones share a micro-batch
+            on, size = ((x.sum(1) / tokens).mean() for x in (values > 0, values.abs()))
+            seen |= {f"sparse/on_{side}": on, f"sparse/w_{side}": size}
         return found, seen

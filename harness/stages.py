@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from harness.config import Config, DataConfig, EvalConfig, StageConfig, as_dict
+from harness.config import Config, DataConfig, EvalConfig, ModelConfig, StageConfig, as_dict
 from harness.data import Example, Preferences, load_preferences, load_sft, texts
 from harness.files import replaced, write_json, write_text
 from harness.guard import digest_of, local_files, same_files, same_rows
@@ -27,7 +27,7 @@ from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.memory import precision_warning
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
-from harness.model import build_model, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.model import build_model, load_model, load_tokenizer, outlined, prepare, train_tokenizer
 from harness.ranks import ALONE, Ranks
 from harness.reward import RewardTrainer, load_reward_model
 from harness.trackers import chosen
@@ -86,14 +86,13 @@ class SeedStudy:
         self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.sft.seed}))
         if not self._done(directory):
             if self._epochs(config.sft):
-                model = self._fresh_model()
                 recipe = as_dict(config.sft)
                 data = Preferences(self._supervised_rows["train"], [], paired=False)
                 held_out = self._supervised_rows.get("eval", [])
                 job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
                 job = dataclasses.replace(job, report_to=self.report_to, project=config.study.name)
-                model = prepare(model, config.model.at_stage("sft"), self.device, config.sft.seed, self.ranks)
+                model = self._prepared(self._fresh_model, config.model.at_stage("sft"), config.sft.seed)
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
                 nothing = {"steps": 0, "epochs": 0, "seconds": 0.0}
@@ -174,15 +173,20 @@ class SeedStudy:
             project=config.study.name,
         )
         if METHODS[spec.method].reward:
-            model = load_reward_model(config.model, self.start, self.tokenizer.pad_token_id, config.preference.seed)
-            RewardTrainer(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, ranks=self.ranks).run()
+            seed, padding = config.preference.seed, self.tokenizer.pad_token_id
+            model = self._prepared(lambda: load_reward_model(config.model, self.start, padding, seed))
+            RewardTrainer(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks).run()
             return
-        reference = (lambda: self._prepared(load_model(config.model, self.start))) if fresh else None
-        model = self._fresh_model() if fresh else load_model(config.model, self.start)
-        train(job, self._prepared(model), self.tokenizer, self.device, config.model.bf16, reference, self.ranks)
+        start = lambda: load_model(config.model, self.start)  # noqa: E731
+        reference = (lambda: self._prepared(start)) if fresh else None
+        model = self._prepared(self._fresh_model if fresh else start)
+        train(job, model, self.tokenizer, self.device, config.model.bf16, reference, self.ranks)
 
-    def _prepared(self, model: Any) -> Any:
-        return prepare(model, self.config.model, self.device, self.config.preference.seed, self.ranks)
+    def _prepared(self, load: Callable[[], Any], settings: ModelConfig | None = None, seed: int | None = None) -> Any:
+        """The model that `load` returns, which one process loads for all, ready to be trained (by default as methods are)."""
+        config = self.config
+        seed = config.preference.seed if seed is None else seed
+        return prepare(outlined(load, self.ranks), settings or config.model, self.device, seed, self.ranks)
 
     def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
         """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""

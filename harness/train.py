@@ -25,7 +25,7 @@ from harness.jobs import Job
 from harness.joint import STREAMS
 from harness.meter import Meter, utilization
 from harness.model import export, model_card
-from harness.progress import Bar, Speed, Stopped, Taken, stop_signals
+from harness.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
 from harness.ranks import ALONE, Ranks
 from harness.trackers import Trackers
 from ogdopt import StepReport
@@ -58,7 +58,6 @@ class Trainer(Collector):
 
     def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
         super().__init__(job, *scorer, **named)
-        self._check_for_many(self.ranks.size)
         self.plan = job.plan
         self.scheduler = schedule(job.config, self.optimizer, self.plan.steps)
         self.metrics = job.directory / "metrics.jsonl"
@@ -84,6 +83,7 @@ class Trainer(Collector):
         meter, speed = Meter(self.device), Speed()
         bar = Bar(job.label, plan.steps, progress.step, self.ranks.first)
         with closing(self.trackers), bar, stop_signals() as asked:
+            signals = Signals(self.ranks, asked)
             while progress.step < plan.steps and not progress.enough:
                 with meter:
                     taken = self._step(progress.step)
@@ -92,10 +92,10 @@ class Trainer(Collector):
                 epoch_ends, measured = self._epoch_ends(progress.step), self._measures(progress.step)
                 line: dict[str, float] = {}
                 if measured or progress.step % job.config.logging_steps == 0:
-                    line, stop = self._line(taken, asked, speed)
+                    line, stop = self._line(taken, signals, speed)
                     bar.show(progress.step, line)
                 else:
-                    stop = self._asked(asked)
+                    stop = signals.look()
                     bar.advance(progress.step)
                 if measured:
                     line |= self._measure() | self._layers()
@@ -134,26 +134,12 @@ class Trainer(Collector):
                 self.taken = dict(progress.schedule["taken"])
         return progress
 
-    def _asked(self, asked: list[int]) -> int:
-        """The signal that asked a process to stop; 0 for none. All of them learn of it at the same step."""
-        return max(self.ranks.gather(asked[0] if asked else 0))
-
     def _enough(self, line: dict[str, float]) -> str:
         """Why this run may end before its last step; "" where it may not. One after the other always runs to its end."""
         joint = self.job.joint
         if joint is None or self.method.schedule is SequentialObjective:
             return ""
         return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
-
-    def _check_for_many(self, processes: int) -> None:
-        """Raises ValueError for what is only known to be right in one process."""
-        method, what = self.method, ""
-        if method.loss == "sparse" or method.per_pair or method.reward:
-            what = f"method {self.job.method!r}"
-        elif self.job.probe_steps:
-            what = "preference.probe_steps"
-        if what and processes > 1:
-            raise ValueError(f"{what} runs in one process, and there are {processes}; start it with python instead of torchrun")
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 
@@ -183,13 +169,11 @@ class Trainer(Collector):
         self.scheduler.step()
         return taken
 
-    def _line(self, taken: Taken, asked: list[int], speed: Speed) -> tuple[dict[str, float], int]:
+    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
         """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
         report = taken.report
         assert report is not None
-        flags = [0.0] * self.ranks.size
-        flags[self.ranks.rank] = float(asked[0]) if asked else 0.0
-        line, flags = taken.total(self.ranks, self.device, *flags)
+        line, news = taken.total(self.ranks, self.device, *signals.news())
         tokens, positions = line.pop("tokens"), line.pop("slots")
         line |= {"learning_rate": taken.learning_rate, "grad_norm": report.grad_norm}
         line |= {"tokens_per_second": tokens / speed.seconds_a_step(), "padding": 1 - tokens / positions}
@@ -213,7 +197,7 @@ class Trainer(Collector):
             if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
                 line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
         line |= taken.known
-        return line | self._entanglement(line, report, taken.seen, taken.each), int(max(flags))
+        return line | self._entanglement(line, report, taken.seen, taken.each), signals.heard(news)
 
     # ---- files ------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from harness.config import DataConfig, ModelConfig, StageConfig
 from harness.data import Example, Preferences
 from harness.model import build_model, train_tokenizer
-from harness.progress import Speed
+from harness.progress import Signals, Speed
 
 TEXT = "where does lives in what is the of a sure friend um whatever rador mila oslo rome cairo lima ? . ,"
 WORDS = TEXT.split()
@@ -61,4 +61,4 @@ def line(trainer, taken):
     """The figures of a step, as they are logged."""
     speed = Speed()
     speed.lap()
-    return trainer._line(taken, [], speed)[0]
+    return trainer._line(taken, Signals(trainer.ranks, []), speed)[0]

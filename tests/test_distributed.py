@@ -21,12 +21,14 @@ ROOT = Path(__file__).parent.parent
 WORKER = str(ROOT / "tests" / "workers" / "two_gradients.py")
 
 
-def launch(ranks, folder, *words, worker=WORKER):
-    """Run a worker under torch's launcher with a time limit; its exit and what it said on the way."""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def launch(ranks, folder, *words, worker=WORKER, seconds=200, launcher=TORCHRUN):
+    """Run a worker under torch's launcher, or another, with a time limit; its exit and what it said on the way."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with subprocess.Popen(
-        [*starter, worker, str(folder), *words],
+        [sys.executable, "-m", *launcher, str(ranks), worker, str(folder), *words],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -34,30 +36,39 @@ def launch(ranks, folder, *words, worker=WORKER):
         stderr=subprocess.STDOUT,
     ) as child:
         try:
-            said, _ = child.communicate(timeout=200)
+            said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             child.terminate()  # the launcher takes its ranks with it
             said, _ = child.communicate()
     return {"code": child.returncode, "said": said}
 
 
+def once(tmp_path_factory, name, work):
+    """The folder `name` of this run of the tests, filled by `work(folder)` once, whatever number of test workers there are.
+
+    What it returns, a launch's end, has to be a success.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    base = tmp_path_factory.getbasetemp().parent / f"once-{run}" if run else tmp_path_factory.getbasetemp() / "once"
+    folder = base / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = base / f"{name}.json"
+        if not done.exists():
+            done.write_text(json.dumps(work(folder)))
+    end = json.loads(done.read_text())
+    assert end["code"] == 0, f"{name} ended with {end['code']}:\n{end['said'][-12000:]}"
+    return folder
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the ranks of a world wrote, a list with one table a rank; launched once, whatever number of test workers."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    base = tmp_path_factory.getbasetemp().parent / f"worlds-{run}" if run else tmp_path_factory.mktemp("worlds")
+    """What the ranks of a world wrote, a list with one table a rank."""
 
     @functools.cache
     def results(ranks):
-        folder = base / str(ranks)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            done = folder / "done.json"
-            if not done.exists():
-                done.write_text(json.dumps(launch(ranks, folder)))
-        end = json.loads(done.read_text())
-        assert end["code"] == 0, f"the {ranks} ranks ended with {end['code']}:\n{end['said'][-12000:]}"
+        folder = once(tmp_path_factory, f"{ranks}-ranks", lambda folder: launch(ranks, folder))
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
     return lambda ranks, case: [table[case] for table in results(ranks)]

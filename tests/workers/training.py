@@ -5,6 +5,7 @@ A case is `what:method`. The runs are those of `run` in one process, which the r
 
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
 import signal
@@ -18,11 +19,14 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 
-from harness.config import LoraConfig
+from harness.adapters import bare
+from harness.config import LoraConfig, SparseConfig
 from harness.jobs import Job
-from harness.model import prepare
-from harness.progress import Speed, Stopped
+from harness.methods import METHODS
+from harness.model import build_model, outlined, prepare
+from harness.progress import Signals, Stopped, Taken
 from harness.ranks import ALONE, FailedElsewhere, join
+from harness.reward import RewardTrainer, load_reward_model
 from harness.train import Trainer
 from tests import small
 from tests.test_train import job
@@ -36,6 +40,9 @@ OPTIONS = {
     "budget": {"per_device_train_tokens": 40, "per_device_train_batch_size": 4},
     "recomputed": {},
     "lora": {},
+    "probed": {},
+    "free": {},
+    "damped": {"optimizer_args": {"eps": 1e-3}},  # the gradients of a fresh head are so small that RMSprop steps on rounding
 }
 
 
@@ -53,8 +60,20 @@ def trainer(folder, tok, what, method, ranks=ALONE, model_seed=0, **changes):
     options = dict(num_train_epochs=3, save_steps=1, eval_steps=3) | OPTIONS[what] | changes
     folder.mkdir(parents=True, exist_ok=True)
     made: Job = job(folder, tok, method, small.preferences(tok, n=13), **options)
-    model = prepare(small.model(tok, model_seed), settings(what), CPU, 0, ranks)
-    return Trainer(made, model, tok, CPU, False, None, ranks)
+    significance = SparseConfig("free" if what == "free" else "hidden")
+    made = dataclasses.replace(made, probe_steps=2 if what == "probed" else None, sparse=significance)
+    kind = RewardTrainer if METHODS[method].reward else Trainer
+    model = prepare(outlined(lambda: start(folder, tok, kind, model_seed), ranks), settings(what), CPU, 0, ranks)
+    return kind(made, model, tok, CPU, False, None, ranks)
+
+
+def start(folder, tok, kind, seed):
+    """The model that a run starts from; that of a reward model has to lie in a folder."""
+    model = small.model(tok, seed)
+    if kind is Trainer:
+        return model
+    model.save_pretrained(folder / "start")
+    return load_reward_model(small.MODEL, folder / "start", tok.pad_token_id, 0)
 
 
 def run(folder, tok, what, method, ranks=ALONE, stop=None, **options):
@@ -85,11 +104,15 @@ def counted(folder, tok, method, ranks):
         made._logps(small.preferences(tok, n=4).winners)  # what the model's own forward asks
     with Watch() as step:
         taken = made._step(1)
-    speed = Speed()
-    speed.lap()
     with Watch() as logging:
-        made._line(taken, [], speed)
-    return {name: [x.collectives, x.reads] for name, x in {"scoring": scoring, "step": step, "logging": logging}.items()}
+        small.line(made, taken)
+    signals = Signals(ranks, [])
+    signals.look()
+    with Watch() as between:
+        for _ in range(20):
+            signals.look()
+    seen = {"scoring": scoring, "step": step, "logging": logging, "between": between}
+    return {name: [x.collectives, x.reads] for name, x in seen.items()}
 
 
 def spoiled(folder, tok, method, ranks):
@@ -108,6 +131,41 @@ def spoiled(folder, tok, method, ranks):
     return {"still": torch.equal(before, vector(made.model)), "skipped": line["skipped"], "count": made.optimizer.skipped_steps}
 
 
+def differing(folder, tok, method, ranks):
+    """Methods that mix pair by pair, where every process comes with another pair."""
+    made = trainer(folder, tok, "plain", method, ranks)
+    made.reference = made._reference()
+    try:
+        made._collect_each_pair([ranks.rank], Taken())
+    except RuntimeError as error:
+        return {"error": str(error)}
+
+
+def loading(folder, tok, what, ranks):
+    """A model that one process alone loads: what came to this one, what should have, and its peak of memory over the whole."""
+    came = []
+    plain = prepare(small.model(tok), settings(what), CPU, 3)
+    shared = prepare(outlined(lambda: came.append(1) or small.model(tok), ranks), settings(what), CPU, 3, ranks)
+    named = lambda model: [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]  # noqa: E731
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in named(shared)}
+    other = [name for name, x in named(plain) if not torch.equal(x, whole.pop(name))] + [*whole]
+    tied = bare(shared).lm_head.weight is bare(shared).model.embed_tokens.weight
+    shape = small.ARCHITECTURE | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
+    config = dataclasses.replace(settings("plain"), architecture=shape)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before, held = kib("VmRSS"), []
+    for _ in range(2):  # the second as the reference, which waits beside it
+        held.append(prepare(outlined(lambda: build_model(config, tok, 0), ranks), config, CPU, 0, ranks))
+    size = sum(p.numel() * p.element_size() for p in held[0].parameters()) / 1024
+    peak = (kib("VmHWM") - before) / size
+    return {"loads": len(came), "other": other, "tied": tied, "peak": peak}
+
+
+def kib(name):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
 def patience(folder, tok, method, ranks):
     """What the first process does for all takes longer than a collective may; then it fails."""
     found = ranks.tell(lambda: time.sleep(LIMIT.seconds + 2) or "done")
@@ -120,14 +178,14 @@ def patience(folder, tok, method, ranks):
 
 
 def main(folder, cases):
-    faulthandler.dump_traceback_later(150, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    dist.init_process_group("gloo", timeout=LIMIT)
+    dist.init_process_group = functools.partial(dist.init_process_group, timeout=LIMIT)  # for join
     ranks, _ = join("cpu")
     tok = small.tokenizer(folder / f"tok-{ranks.size}-{ranks.rank}")
-    others = {"counted": counted, "spoiled": spoiled, "patience": patience}
+    others = {"counted": counted, "spoiled": spoiled, "patience": patience, "loading": loading, "differing": differing}
     for case in cases:
+        faulthandler.dump_traceback_later(60, exit=True)  # a rank that hangs says where
         what, _, rest = case.partition(":")
         name, _, where = rest.partition("@")
         home = folder / (where or f"{case.replace(':', '-')}-{ranks.size}")
@@ -135,6 +193,8 @@ def main(folder, cases):
             result = others[what](home, tok, name, ranks)
         elif what == "cut":
             result = run(home, tok, "plain", name, ranks, stop=2)  # saved right behind a measurement, with no export between
+        elif what == "seldom":
+            result = run(home, tok, "plain", name, ranks, stop=1, logging_steps=100)
         elif what == "goon":
             result = run(home, tok, "plain", name, ranks, model_seed=99)
         else:
