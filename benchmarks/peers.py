@@ -6,6 +6,7 @@ Each is given two gradients and leaves the combined one in `p.grad`; what is not
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +94,11 @@ def hand_over(opt: ProjectedGradient, given: Gradients) -> None:
             p.grad = g
 
 
-def ours(given: Gradients, max_norm: float | None) -> Way:
+def ours(given: Gradients, max_norm: float | None, fused: bool = False) -> Way:
     """A step around a base that does nothing."""
     base = Keeps(given.params)
-    opt = ProjectedGradient(base, max_norm=max_norm)
+    opt = ProjectedGradient(base, max_norm=max_norm, fused=fused)
+    warnings.filterwarnings("ignore", "fused=True: Keeps has no fused form")  # its two passes are compiled all the same
 
     def before() -> None:
         given.restore()
@@ -204,6 +206,8 @@ def ways(given: Gradients) -> dict[str, Way | str]:
     found: dict[str, Way | str] = {
         "ogdopt": ours(given, None),
         "ogdopt, clipped": ours(given, half),
+        "ogdopt, fused=True": ours(given, None, fused=True),
+        "ogdopt, fused=True, clipped": ours(given, half, fused=True),
         "loop, (a * b).sum() and a - c b": plain(textbook),
         "loop, torch.dot and add_": plain(loop),
         "foreach": plain(foreach),
