@@ -48,17 +48,22 @@ MEMORY = ALONE | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """malloc gives back what is freed, so that the peak is what is in use."""
 
 
+CHILD = "OGDOPT_BENCHMARK_CHILD"
+"""Set for processes that are started under the variables they need."""
+
+
 def start(main: Callable[[list[str]], Any], environment: Mapping[str, str] = TIMING) -> None:
     """Run a script's `main` under these variables, which must be there before the process begins."""
     wanted = variables(environment)
-    if wanted != os.environ:
+    if wanted != os.environ and CHILD not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
     main(sys.argv[1:])
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The present environment with these, and no other settings of malloc."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | dict(environment)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != CHILD}
+    return kept | dict(environment)
 
 
 def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, limit: float | None = None) -> str:
@@ -68,7 +73,8 @@ def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, lim
     """
     command = [sys.executable, str(Path(__file__).with_name(script)), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=variables(environment), timeout=limit)
+        ready = variables(environment) | {CHILD: "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=ready, timeout=limit)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{script} {' '.join(words)} took more than {limit} s") from error
     if done.returncode:

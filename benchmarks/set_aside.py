@@ -6,7 +6,7 @@ Every mode runs in a process of its own on one thread, so that its peak is its o
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
 optimizer state apart, once beside a plain step whose two losses share one graph and one backward pass, once beside one that
 takes them in turn. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses in turn, which runs
-right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer" or fused=True: of
+right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer": of
 the change that is made) with the loser's true gradient, in float64.
 Results go to benchmarks/results/set_aside_SIZE.json.
 """
@@ -114,8 +114,9 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         passes.append(opt.report.passes if opt.report else 0)
     result = {"parameters": B // 4, "peak": peak} | common.spread(ratios)
     if mode in OURS:
-        changes = mode == "metric" or mode.startswith("fused")
-        result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes)
+        result["passes"] = statistics.mean(passes)
+        if not mode.startswith("fused"):  # which never writes what the base gets; projection.py has the angle of its passes
+            result |= angle(model, opt, winner, loser, changes=mode == "metric")
     return result
 
 
