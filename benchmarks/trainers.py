@@ -53,7 +53,12 @@ TRL = {
 OURS = {"ogd": "ogdopt, OGD", "dpo": "ogdopt, DPO"}
 
 
-def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dict[str, str]]:
+def vocabulary(size: str) -> int:
+    """Words beside the tokenizer's special tokens."""
+    return common.SIZES[size]["vocab_size"] - 16
+
+
+def texts(pairs: int, scale: float, size: str, shuffled: bool) -> list[dict[str, str]]:
     """Pairs of random words, lengths log-normal: at `scale` 1 the median prompt has 40, the median answer 90.
 
     Sorted by the longer sequence, the longest first, unless they are to be shuffled.
@@ -62,7 +67,7 @@ def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dic
 
     def words(median: float, sigma: float) -> str:
         n = min(max(2, round(scale * median * rng.lognormvariate(0, sigma))), round(4 * scale * median))
-        return " ".join(f"w{rng.randrange(vocabulary)}" for _ in range(n))
+        return " ".join(f"w{rng.randrange(vocabulary(size))}" for _ in range(n))
 
     rows = [{"prompt": words(40, 0.6), "chosen": " " + words(90, 0.6), "rejected": " " + words(90, 0.6)} for _ in range(pairs)]
     longest = lambda row: max(len((row["prompt"] + row[side]).split()) for side in ("chosen", "rejected"))  # noqa: E731
@@ -71,8 +76,7 @@ def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dic
 
 def tokenizer(folder: Path, size: str) -> Any:
     """One token for each word."""
-    vocabulary = common.SIZES[size]["vocab_size"] - 16  # room for special tokens
-    every = " ".join(f"w{k}" for k in range(vocabulary))
+    every = " ".join(f"w{k}" for k in range(vocabulary(size)))
     return train_tokenizer([every], ModelConfig(None, {}, None, "word", common.SIZES[size]["vocab_size"]), folder / "tokenizer")
 
 
@@ -183,7 +187,7 @@ def measure(size: str, pairs: int, scale: float, micro: int, shuffled: bool, rou
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16, shuffled)
+        rows = texts(pairs, scale, size, shuffled)
         for how in TRL:
             trainer = dpo_trainer(folder, size, rows, how, micro, rounds + 1, tok)
             data = preferences(trainer.train_dataset)
@@ -213,7 +217,7 @@ def memory(which: str, size: str, pairs: int, scale: float, micro: int, shuffled
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16, shuffled)
+        rows = texts(pairs, scale, size, shuffled)
         ids = lambda text: tok(text, add_special_tokens=False).input_ids  # noqa: E731
         ends = [tok.eos_token_id]
         sides = [[Example(ids(row["prompt"]), ids(row[side]) + ends) for row in rows] for side in ("chosen", "rejected")]
