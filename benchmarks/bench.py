@@ -29,14 +29,14 @@ from benchmarks import common
 
 RUNS: dict[str, tuple[str, ...]] = {
     "projection.py": ("--rounds", "5", "--bases", "RMSprop"),
-    "step.py": ("--rounds", "3"),
+    "step.py": ("--rounds", "2"),
     "set_aside.py": (
         "--rounds",
         "1",
         "--modes",
         *"none bfloat16 int8 recompute inside fused torchjd pytorch_optimizer".split(),
     ),
-    "trainers.py": ("--pairs", "32", "--rounds", "2"),
+    "trainers.py": ("--pairs", "32", "--rounds", "1"),
 }
 SIZES = {"projection.py": "20M", "step.py": "20M", "set_aside.py": "20M", "trainers.py": "5M"}
 TINY = {
@@ -50,7 +50,13 @@ MISSING = "missing"
 ROWS: dict[str, tuple[str, str, str, str, str]] = {
     "the bound": ("bound", "bound", "both losses in one graph", "graph", ""),
     "ogdopt": ("ogdopt, clipped", "ogdopt, step tensor by tensor", "ogdopt", "none", "ogdopt, OGD"),
-    "ogdopt, fused=True": ("", "ogdopt, fused=True", "ogdopt, fused=True", "fused", ""),
+    "ogdopt, fused=True": (
+        "ogdopt, fused=True, clipped",
+        "ogdopt, fused=True",
+        "ogdopt, fused=True",
+        "fused",
+        "ogdopt, OGD, fused=True",
+    ),
     "ogdopt, bfloat16 set aside": ("", "", "ogdopt, set_aside=torch.bfloat16", "bfloat16", ""),
     "ogdopt, int8 set aside": ("", "", 'ogdopt, set_aside="int8"', "int8", ""),
     "ogdopt, recompute": ("", "", 'ogdopt, set_aside="recompute"', "recompute", ""),

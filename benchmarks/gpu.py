@@ -159,10 +159,8 @@ def predicted(way: str, shape: Shape, config: ModelConfig, tokens: int, accelera
     two = way in ("ogd", "ogd_bfloat16", "ogd_fused")
     sequences = 2 if way == "dpo" else 1
     load = Load(two, sequences, tokens, sequences * (tokens - tokens // 4), 1)
-    found = parts(shape, shape.parameters, config, StageConfig(), load, accelerator)
-    if way == "ogd_bfloat16":
-        found["gradient that waits"] //= 2
-    return sum(found.values())
+    stage = StageConfig(set_aside="bfloat16" if way == "ogd_bfloat16" else None, fused=way == "ogd_fused")
+    return sum(parts(shape, shape.parameters, config, stage, load, accelerator).values())
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
@@ -200,8 +198,8 @@ def main(words: list[str]) -> None:
     for pairs in asked.pairs:
         results[f"{pairs} pairs"] = found = {}
         for way in asked.ways:
-            if way == "ogd_fused" and not common.fused():
-                found[way] = common.UNFUSED
+            if way == "ogd_fused" and (why := common.unfused()):
+                found[way] = why
             elif way == "ogd_blocks" and pairs > 1:
                 found[way] = "one pair alone"
             else:

@@ -86,8 +86,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--fused", action="store_true", help="with ProjectedGradient(fused=True)")
     parser.add_argument("--trace", type=Path, metavar="FOLDER", help="also write the trace of each size there")
     asked = parser.parse_args(words)
-    if asked.fused and not common.fused():
-        parser.error(f"fused=True is {common.UNFUSED} of ogdopt")
+    if asked.fused and (why := common.unfused()):
+        parser.error(f"--fused would not be fused: {why}")
     torch.set_num_threads(1)
     results = {}
     for size in asked.sizes:

@@ -6,8 +6,9 @@ Every mode runs in a process of its own on one thread, so that its peak is its o
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
 optimizer state apart, once beside a plain step whose two losses share one graph and one backward pass, once beside one that
 takes them in turn. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses in turn, which runs
-right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer" or fused=True: of
-the change that is made) with the loser's true gradient, in float64.
+right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer": of the change that
+it makes; with fused=True, where the base gets nothing: of the change that SGD would make) with the loser's true gradient, in
+float64.
 Results go to benchmarks/results/set_aside_SIZE.json.
 """
 
@@ -114,6 +115,8 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         passes.append(opt.report.passes if opt.report else 0)
     result = {"parameters": B // 4, "peak": peak} | common.spread(ratios)
     if mode in OURS:
+        if mode.startswith("fused"):
+            opt = ProjectedGradient(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=1.0, **options(mode))
         changes = mode == "metric" or mode.startswith("fused")
         result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes)
     return result
@@ -148,8 +151,8 @@ def main(words: list[str]) -> None:
         return
     results: dict[str, Any] = {}
     for mode in dict.fromkeys(["graph", "sum", *asked.modes]):
-        if mode.startswith("fused") and not common.fused():
-            results[mode] = common.UNFUSED
+        if mode.startswith("fused") and (why := common.unfused()):
+            results[mode] = why
             continue
         if mode in OTHERS and (why := common.absent(mode)):
             results[mode] = why

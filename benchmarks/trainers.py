@@ -41,7 +41,7 @@ from harness.data import Example, Preferences
 from harness.jobs import Job
 from harness.methods import METHODS
 from harness.model import train_tokenizer
-from harness.progress import Speed
+from harness.progress import Signals, Speed
 from harness.train import Trainer
 
 BETA, LR, MAX_NORM = 0.1, 1e-6, 10.0
@@ -50,7 +50,7 @@ TRL = {
     "precomputed": {"precompute_ref_log_probs": True},
 }
 """Where TRL's reference log-probabilities come from, and the setting that says so."""
-OURS = {"ogd": "ogdopt, OGD", "dpo": "ogdopt, DPO"}
+OURS = {"ogd": "ogdopt, OGD", "ogd_fused": "ogdopt, OGD, fused=True", "dpo": "ogdopt, DPO"}
 
 
 def vocabulary(size: str) -> int:
@@ -127,8 +127,9 @@ def preferences(dataset: Any) -> Preferences:
     return Preferences(*sides, paired=True)
 
 
-def harness(folder: Path, size: str, method: str, data: Preferences, micro: int, tok: Any) -> Callable[[], None]:
-    """A step of this harness's loop."""
+def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, tok: Any) -> Callable[[], None]:
+    """A step of this harness's loop, as one of `OURS`."""
+    method = which.removesuffix("_fused")
     lengths = [len(e.prompt_ids) + len(e.completion_ids) for side in (data.winners, data.losers) for e in side]
     config = StageConfig(
         data=DataConfig(max_length=max(lengths)),
@@ -139,19 +140,20 @@ def harness(folder: Path, size: str, method: str, data: Preferences, micro: int,
         per_device_train_batch_size=len(data.winners),
         per_device_train_tokens=micro * max(lengths),
         max_grad_norm=MAX_NORM,
+        fused=which.endswith("_fused"),
     )
-    folder = folder / method
+    folder = folder / which
     folder.mkdir()
     beta = BETA if METHODS[method].beta else None
     job = Job(folder, method, method, method, config, data, None, beta=beta)
     trainer = Trainer(job, common.mistral(size), tok, torch.device("cpu"), False)
     trainer.reference = trainer._reference()
-    speed, done = Speed(), iter(range(10_000))
+    speed, signals, done = Speed(), Signals(trainer.ranks, []), iter(range(10_000))
 
     def run() -> None:
         taken = trainer._step(next(done))
         speed.lap()
-        trainer._line(taken, [], speed)
+        trainer._line(taken, signals, speed)
 
     return run
 
