@@ -129,12 +129,14 @@ def angle(model: Any, opt: Any, winner: Callable[[], Any], loser: Callable[[], A
     params = list(model.parameters())
     w, l = (torch.autograd.grad(loss(), params) for loss in (winner, loser))
     seen: list[Any] = []
-    hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
-    before = [p.detach().clone() for p in params]
-    opt.step(winner, loser)
-    hook.remove()
-    if changes:
+    if changes:  # without a hook, since a fused step does not call any and would not be taken
+        before = [p.detach().clone() for p in params]
+        opt.step(winner, loser)
         seen = [old - p.detach() for p, old in zip(params, before)]
+    else:
+        hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
+        opt.step(winner, loser)
+        hook.remove()
     return {"cosine": common.cosine(w, l), "left": common.cosine(seen, l)}
 
 
