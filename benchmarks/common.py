@@ -8,7 +8,7 @@ shared machine has changed its speed meanwhile. Times are CPU times of one threa
 from __future__ import annotations
 
 import argparse
-import inspect
+import functools
 import json
 import math
 import os
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -244,14 +245,19 @@ def machine() -> str:
     return f"{torch.cuda.get_device_name()}; {found}" if torch.cuda.is_available() else found
 
 
-UNFUSED = "not in this version"
+@functools.cache
+def unfused() -> str | None:
+    """Why `fused=True` would be measured without its compiled passes here; None where it has them."""
+    import torch
 
-
-def fused() -> bool:
-    """Whether this version of ogdopt has `fused=True`."""
     from ogdopt import ProjectedGradient
 
-    return "fused" in inspect.signature(ProjectedGradient).parameters
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = ProjectedGradient(torch.optim.SGD([p], lr=1.0), fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which says the same
+        opt.step(lambda: p[0] + p[1], lambda: p[0])
+    return opt.unfused or None
 
 
 def record(path: Path, results: Any, **more: Any) -> None:

@@ -111,15 +111,14 @@ class Step:
     def measured(self, steps: int, clock: Callable[[], float]) -> dict[str, float]:
         """Mean seconds of a step and of its projection; the first step makes the state."""
         self.clock, mixed, spent = clock, [], []
-        hook = self.base.register_step_pre_hook(lambda *_: mixed.append(clock() - self.backward_done))
+        told = self.way in ("ogd", "ogd_bfloat16")  # elsewhere the base is not called, or a backward pass comes in between
+        if told:  # a fused step would not be taken with a hook
+            self.base.register_step_pre_hook(lambda *_: mixed.append(clock() - self.backward_done))
         for _ in range(steps + 1):
             since = clock()
             self.run()
             spent.append(clock() - since)
-        hook.remove()
         found = {"seconds": sum(spent[1:]) / steps}
-        # Where the base is not called, or the second backward pass comes in between, it cannot be told.
-        told = self.way in ("ogd", "ogd_bfloat16")
         return found | ({"projection": sum(mixed[1:]) / steps} if told else {})
 
 
@@ -159,10 +158,8 @@ def predicted(way: str, shape: Shape, config: ModelConfig, tokens: int, accelera
     two = way in ("ogd", "ogd_bfloat16", "ogd_fused")
     sequences = 2 if way == "dpo" else 1
     load = Load(two, sequences, tokens, sequences * (tokens - tokens // 4), 1)
-    found = parts(shape, shape.parameters, config, StageConfig(), load, accelerator)
-    if way == "ogd_bfloat16":
-        found["gradient that waits"] //= 2
-    return sum(found.values())
+    stage = StageConfig(set_aside="bfloat16" if way == "ogd_bfloat16" else None, fused=way == "ogd_fused")
+    return sum(parts(shape, shape.parameters, config, stage, load, accelerator).values())
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
@@ -200,8 +197,8 @@ def main(words: list[str]) -> None:
     for pairs in asked.pairs:
         results[f"{pairs} pairs"] = found = {}
         for way in asked.ways:
-            if way == "ogd_fused" and not common.fused():
-                found[way] = common.UNFUSED
+            if way == "ogd_fused" and (why := common.unfused()):
+                found[way] = why
             elif way == "ogd_blocks" and pairs > 1:
                 found[way] = "one pair alone"
             else:

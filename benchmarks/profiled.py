@@ -2,10 +2,10 @@
 
     python benchmarks/profiled.py --sizes miniature 100M
 
-A step of ProjectedGradient around RMSprop with clipping, on one thread, the third of three. *Parts* are what the profiler's
-marks enclose: the forward passes, autograd's backward, the optimizer's whole step behind them, the base's own inside it.
-Operators are named with the time that they took themselves. With `--trace FOLDER` the whole is written there for a viewer
-(chrome://tracing). Results go to benchmarks/results/profile.json.
+A step of ProjectedGradient around RMSprop with clipping, on one thread, the third of three. First the parts that the profiler's
+marks enclose: both forward passes, both backward passes, and the optimizer's step, the base's own apart where it has one. Then
+the operators that took most time themselves. With `--trace FOLDER` the whole is written there for a viewer (chrome://tracing).
+Results go to benchmarks/results/profile.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ogdopt import ProjectedGradient
 
 SHAPES = {"tiny": (1, 16), "miniature": (32, 48), "20M": (4, 128), "100M": (4, 128)}
 """Sequences and tokens a side."""
-FORWARD, BACKWARD, STEP, BASE = "forward", "backward", "projection and clipping", "base step"
+FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
 
 
 def steps(size: str, fused: bool) -> Callable[[], Any]:
@@ -66,8 +66,9 @@ def measure(size: str, rows: int, fused: bool, trace: Path | None) -> dict[str, 
     events = {e.key: e for e in seen.key_averages()}
     base = sum(e.cpu_time_total for key, e in events.items() if key.startswith("Optimizer.step#RMSprop"))
     parts = {name: events[name].cpu_time_total for name in (FORWARD, BACKWARD, STEP)}
-    parts[STEP] -= base
-    parts[BASE] = base
+    if base:  # which a fused step does not call
+        del parts[STEP]
+        parts |= {"projection and clipping": events[STEP].cpu_time_total - base, "base step": base}
     marks = {FORWARD, BACKWARD, STEP} | {key for key in events if key.startswith("Optimizer.")}
     own = sorted((e for key, e in events.items() if key not in marks), key=lambda e: -e.self_cpu_time_total)[:rows]
     return {
@@ -85,8 +86,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--fused", action="store_true", help="with ProjectedGradient(fused=True)")
     parser.add_argument("--trace", type=Path, metavar="FOLDER", help="also write the trace of each size there")
     asked = parser.parse_args(words)
-    if asked.fused and not common.fused():
-        parser.error(f"fused=True is {common.UNFUSED} of ogdopt")
+    if asked.fused and (why := common.unfused()):
+        parser.error(f"--fused would not be fused: {why}")
     torch.set_num_threads(1)
     results = {}
     for size in asked.sizes:

@@ -4,10 +4,11 @@
 
 Every mode runs in a process of its own on one thread, so that its peak is its own. The unit of memory is the size of one
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
-optimizer state apart, once beside a plain step whose two losses share one graph and one backward pass, once beside one that
-takes them in turn. Time is CPU time, as the median over rounds of the ratio to a plain step on both losses in turn, which runs
-right before it in the same process. The angle is the cosine of what the base gets (with metric="optimizer": of
-the change that is made) with the loser's true gradient, in float64.
+optimizer state apart: with so few tokens that gradients are nearly all of it, and with more. *Above* compares it with a plain
+step whose two losses share one graph and one backward pass, which holds the activations of both sides. Time is CPU time, as the
+median over rounds of the ratio to a plain step on both losses in turn, which runs right before it in the same process. The
+angle is the cosine of what the base gets (with metric="optimizer": of the change that it makes; with fused=True, where the base
+gets nothing: of the change that SGD would make) with the loser's true gradient, in float64.
 Results go to benchmarks/results/set_aside_SIZE.json.
 """
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 
 FEW, MANY = (1, 32), (2, 128)
-"""Sequences and tokens a side: few for memory, so that activations do not hide it; many for time."""
+"""Sequences and tokens a side."""
 PLAIN = {
     "plain": "winner alone, plain RMSprop",
     "graph": "both losses in one graph, plain RMSprop",
@@ -99,11 +100,12 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
 
     plain("sum")  # makes the base's state
     step()
-    peak = common.added(lambda: [step() for _ in range(2)]) / B
+    peaks = {"peak": common.added(lambda: [step() for _ in range(2)]) / B}
     ratios, passes = [], []
     winner, loser = common.sides(model, *MANY)
     plain("sum")
     step()
+    peaks["peak_many"] = common.added(lambda: [step() for _ in range(2)]) / B
     for _ in range(rounds):
         plain("sum")
         start = time.process_time()
@@ -112,11 +114,12 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         step()
         ratios.append((time.process_time() - middle) / (middle - start))
         passes.append(opt.report.passes if opt.report else 0)
-    result = {"parameters": B // 4, "peak": peak} | common.spread(ratios)
+    result = {"parameters": B // 4} | peaks | common.spread(ratios)
     if mode in OURS:
-        result["passes"] = statistics.mean(passes)
-        if not mode.startswith("fused"):  # which never writes what the base gets; projection.py has the angle of its passes
-            result |= angle(model, opt, winner, loser, changes=mode == "metric")
+        if mode.startswith("fused"):
+            opt = ProjectedGradient(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=1.0, **options(mode))
+        changes = mode == "metric" or mode.startswith("fused")
+        result |= {"passes": statistics.mean(passes)} | angle(model, opt, winner, loser, changes)
     return result
 
 
@@ -127,12 +130,14 @@ def angle(model: Any, opt: Any, winner: Callable[[], Any], loser: Callable[[], A
     params = list(model.parameters())
     w, l = (torch.autograd.grad(loss(), params) for loss in (winner, loser))
     seen: list[Any] = []
-    hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
-    before = [p.detach().clone() for p in params]
-    opt.step(winner, loser)
-    hook.remove()
-    if changes:
+    if changes:  # without a hook, since a fused step does not call any and would not be taken
+        before = [p.detach().clone() for p in params]
+        opt.step(winner, loser)
         seen = [old - p.detach() for p, old in zip(params, before)]
+    else:
+        hook = opt.base.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
+        opt.step(winner, loser)
+        hook.remove()
     return {"cosine": common.cosine(w, l), "left": common.cosine(seen, l)}
 
 
@@ -148,9 +153,9 @@ def main(words: list[str]) -> None:
         print(json.dumps(measure(asked.mode, asked.size, asked.rounds)))
         return
     results: dict[str, Any] = {}
-    for mode in dict.fromkeys(["graph", "sum", *asked.modes]):
-        if mode.startswith("fused") and not common.fused():
-            results[mode] = common.UNFUSED
+    for mode in dict.fromkeys(["graph", *asked.modes]):
+        if mode.startswith("fused") and (why := common.unfused()):
+            results[mode] = why
             continue
         if mode in OTHERS and (why := common.absent(mode)):
             results[mode] = why
@@ -168,13 +173,15 @@ def report(results: dict[str, Any], size: str) -> None:
     for mode in (mode for mode in MODES if mode in results):
         found = results[mode]
         if isinstance(found, str):
-            rows.append([MODES[mode], found, *["–"] * 5])
+            rows.append([MODES[mode], found, *["–"] * 6])
             continue
-        beside = [f"{found['peak'] - results[form]['peak']:+.2f}" for form in ("graph", "sum")]
+        beside = [f"{found['peak'] - results['graph']['peak']:+.2f}", f"{found['peak_many']:.2f}"]
+        beside.append(f"{found['peak_many'] - results['graph']['peak_many']:+.2f}")
         passes, left = found.get("passes"), found.get("left")
         more = [f"{passes:.0f}" if passes else "–", "–" if left is None else f"{left:.1e}"]
         rows.append([MODES[mode], f"{found['peak']:.2f}", *beside, common.times(found), *more])
-    columns = ["mode", "peak, in gradients", "above one graph", "above in turn", "CPU time", "passes", "cos(u, g_l) left"]
+    few, many = (sequences * tokens for sequences, tokens in (FEW, MANY))
+    columns = ["mode", f"peak, {few} tokens", "above", f"{many} tokens", "above", "CPU time", "passes", "cos(u, g_l) left"]
     common.show(f"{size}: memory of a step", columns, rows)
 
 

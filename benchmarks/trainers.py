@@ -41,7 +41,7 @@ from harness.data import Example, Preferences
 from harness.jobs import Job
 from harness.methods import METHODS
 from harness.model import train_tokenizer
-from harness.progress import Speed
+from harness.progress import Signals, Speed
 from harness.train import Trainer
 
 BETA, LR, MAX_NORM = 0.1, 1e-6, 10.0
@@ -50,10 +50,15 @@ TRL = {
     "precomputed": {"precompute_ref_log_probs": True},
 }
 """Where TRL's reference log-probabilities come from, and the setting that says so."""
-OURS = {"ogd": "ogdopt, OGD", "dpo": "ogdopt, DPO"}
+OURS = {"ogd": "ogdopt, OGD", "ogd_fused": "ogdopt, OGD, fused=True", "dpo": "ogdopt, DPO"}
 
 
-def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dict[str, str]]:
+def vocabulary(size: str) -> int:
+    """Words beside the tokenizer's special tokens."""
+    return common.SIZES[size]["vocab_size"] - 16
+
+
+def texts(pairs: int, scale: float, size: str, shuffled: bool) -> list[dict[str, str]]:
     """Pairs of random words, lengths log-normal: at `scale` 1 the median prompt has 40, the median answer 90.
 
     Sorted by the longer sequence, the longest first, unless they are to be shuffled.
@@ -62,7 +67,7 @@ def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dic
 
     def words(median: float, sigma: float) -> str:
         n = min(max(2, round(scale * median * rng.lognormvariate(0, sigma))), round(4 * scale * median))
-        return " ".join(f"w{rng.randrange(vocabulary)}" for _ in range(n))
+        return " ".join(f"w{rng.randrange(vocabulary(size))}" for _ in range(n))
 
     rows = [{"prompt": words(40, 0.6), "chosen": " " + words(90, 0.6), "rejected": " " + words(90, 0.6)} for _ in range(pairs)]
     longest = lambda row: max(len((row["prompt"] + row[side]).split()) for side in ("chosen", "rejected"))  # noqa: E731
@@ -71,8 +76,7 @@ def texts(pairs: int, scale: float, vocabulary: int, shuffled: bool) -> list[dic
 
 def tokenizer(folder: Path, size: str) -> Any:
     """One token for each word."""
-    vocabulary = common.SIZES[size]["vocab_size"] - 16  # room for special tokens
-    every = " ".join(f"w{k}" for k in range(vocabulary))
+    every = " ".join(f"w{k}" for k in range(vocabulary(size)))
     return train_tokenizer([every], ModelConfig(None, {}, None, "word", common.SIZES[size]["vocab_size"]), folder / "tokenizer")
 
 
@@ -123,8 +127,9 @@ def preferences(dataset: Any) -> Preferences:
     return Preferences(*sides, paired=True)
 
 
-def harness(folder: Path, size: str, method: str, data: Preferences, micro: int, tok: Any) -> Callable[[], None]:
-    """A step of this harness's loop."""
+def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, tok: Any) -> Callable[[], None]:
+    """A step of this harness's loop, as one of `OURS`."""
+    method = which.removesuffix("_fused")
     lengths = [len(e.prompt_ids) + len(e.completion_ids) for side in (data.winners, data.losers) for e in side]
     config = StageConfig(
         data=DataConfig(max_length=max(lengths)),
@@ -135,19 +140,20 @@ def harness(folder: Path, size: str, method: str, data: Preferences, micro: int,
         per_device_train_batch_size=len(data.winners),
         per_device_train_tokens=micro * max(lengths),
         max_grad_norm=MAX_NORM,
+        fused=which.endswith("_fused"),
     )
-    folder = folder / method
+    folder = folder / which
     folder.mkdir()
     beta = BETA if METHODS[method].beta else None
     job = Job(folder, method, method, method, config, data, None, beta=beta)
     trainer = Trainer(job, common.mistral(size), tok, torch.device("cpu"), False)
     trainer.reference = trainer._reference()
-    speed, done = Speed(), iter(range(10_000))
+    speed, signals, done = Speed(), Signals(trainer.ranks, []), iter(range(10_000))
 
     def run() -> None:
         taken = trainer._step(next(done))
         speed.lap()
-        trainer._line(taken, [], speed)
+        trainer._line(taken, signals, speed)
 
     return run
 
@@ -183,7 +189,7 @@ def measure(size: str, pairs: int, scale: float, micro: int, shuffled: bool, rou
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16, shuffled)
+        rows = texts(pairs, scale, size, shuffled)
         for how in TRL:
             trainer = dpo_trainer(folder, size, rows, how, micro, rounds + 1, tok)
             data = preferences(trainer.train_dataset)
@@ -213,7 +219,7 @@ def memory(which: str, size: str, pairs: int, scale: float, micro: int, shuffled
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, len(tok) - 16, shuffled)
+        rows = texts(pairs, scale, size, shuffled)
         ids = lambda text: tok(text, add_special_tokens=False).input_ids  # noqa: E731
         ends = [tok.eos_token_id]
         sides = [[Example(ids(row["prompt"]), ids(row[side]) + ends) for row in rows] for side in ("chosen", "rejected")]
