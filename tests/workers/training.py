@@ -23,7 +23,8 @@ from harness.adapters import bare
 from harness.config import LoraConfig, SparseConfig
 from harness.jobs import Job
 from harness.methods import METHODS
-from harness.model import build_model, outlined, prepare
+from harness.model import build_model, prepare
+from harness.outlines import outlined
 from harness.progress import Signals, Stopped, Taken
 from harness.ranks import ALONE, FailedElsewhere, join
 from harness.reward import RewardTrainer, load_reward_model
