@@ -11,5 +11,5 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export HEAD NODES="$SLURM_NNODES" RUN="$SLURM_JOB_ID"
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --kill-on-bad-exit=1 harness/recipes/launch/nodes.sh "$@"
