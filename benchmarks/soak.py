@@ -45,7 +45,7 @@ OPTIONS = {
     "sft.num_train_epochs": "1",
     "sft.max_steps": "16",
     "sft.save_steps": "2",
-    "preference.num_train_epochs": "8",
+    "preference.num_train_epochs": "14",
     "preference.train_batch_size": "32",
     "preference.per_device_train_batch_size": "16",
     "preference.save_steps": "2",

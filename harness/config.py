@@ -107,6 +107,7 @@ class ModelConfig:
     bf16: bool = True
     """Compute in bfloat16 under autocast on an accelerator; ignored on a CPU."""
     attn_implementation: str | None = None
+    """How attention is computed: sdpa, eager, flex_attention, or, with its package, flash_attention_2; null: sdpa."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported

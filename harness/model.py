@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from copy import deepcopy
+from collections.abc import Iterable
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -28,15 +25,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import utils as transformers_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from harness.adapters import bare, save, trained_parts
 from harness.config import ModelConfig
 from harness.files import replaced
+from harness.outlines import emptied, filled
 from harness.ranks import ALONE, Ranks
 from ogdopt.losses import Completion
 
-M = TypeVar("M", bound=nn.Module)
 SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TURNS = ["[INST]", "[/INST]"]
 CHAT_TEMPLATE = (
@@ -47,6 +45,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 HEAD_CHUNK = 1024  # scored tokens
+PLAIN_ATTENTION = ("sdpa", "eager", "flex_attention")  # which need nothing but torch
 # Architectures that change the logits behind the head are scored through their own forward pass.
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -206,23 +205,6 @@ def prepare(
     return trained.to(device).train()
 
 
-def outlined(load: Callable[[], M], ranks: Ranks) -> M:
-    """What `load` returns, in the first process alone; the others get its outline, whose tensors have no storage.
-
-    `prepare` makes the same of both, and `shard` gives every process its part of the first one's values.
-    """
-    loaded: list[M] = []
-
-    def work() -> M:
-        loaded.append(load())
-        return deepcopy(loaded[0], {id(t): _hollow(t) for t in chain(loaded[0].parameters(), loaded[0].buffers())})
-
-    if ranks.size == 1:
-        return load()
-    outline = ranks.tell(work)
-    return loaded[0] if ranks.first else outline
-
-
 def shard(model: PreTrainedModel, device: torch.device, ranks: Ranks, bf16: bool) -> None:
     """Share the parameters, their gradients and with them the optimizer's state out among all processes (FSDP2).
 
@@ -232,43 +214,15 @@ def shard(model: PreTrainedModel, device: torch.device, ranks: Ranks, bf16: bool
     """
     plain = bare(model)
     mesh = init_device_mesh(device.type, (ranks.size,))
-    values = _emptied(model) if ranks.size > 1 else None
+    values = emptied(model) if ranks.size > 1 else None
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in blocks(plain):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(plain, mesh=mesh, mp_policy=policy)
     if values is not None:
-        _filled(model, values if ranks.first else ({}, {}), device)
+        filled(model, values if ranks.first else ({}, {}), device)
     plain.scored_logps = MethodType(_scored_logps, plain)  # type: ignore[assignment]
     register_fsdp_forward_method(plain, "scored_logps")  # gathers what lies outside of the layers, as forward() would
-
-
-def _emptied(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state dict, buffers) of a model, which afterwards has no storage; what was tied stays so."""
-    values = model.state_dict(), dict(model.named_buffers())
-    hollow: dict[int, Tensor] = {}
-    for module in model.modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
-            held.update({name: hollow.setdefault(id(t), _hollow(t)) for name, t in held.items() if t is not None})
-    return values
-
-
-def _filled(model: nn.Module, values: tuple[dict[str, Any], dict[str, Tensor]], device: torch.device) -> None:
-    """Storage for this process's shards, and the first process's values in it."""
-    model.to_empty(device=device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, values[0], options=options)
-    for name, buffer in model.named_buffers():  # those that a state dict leaves out too
-        if name in values[1]:
-            buffer.copy_(values[1][name])
-        dist.broadcast(buffer, 0)
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor or parameter like this one, without storage."""
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def completion_logps(
@@ -363,6 +317,24 @@ Trained from `{base}` with ogdopt. Recipe:
 |---|---|
 {rows}
 """
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Raises ValueError where attention cannot be computed as `config.attn_implementation` says."""
+    name = config.attn_implementation
+    if name is None or name in PLAIN_ATTENTION:
+        return
+    missing = ""
+    if not name.startswith("flash_attention"):
+        missing = f"there is no such attention; expected flash_attention_2 or one of {', '.join(PLAIN_ATTENTION)}"
+    elif device.type != "cuda":
+        missing = f"it needs a GPU, and this is {device.type}"
+    elif not getattr(transformers_utils, f"is_flash_attn_{name[-1]}_available", lambda: False)():
+        missing = "its package is not installed here (pip install flash-attn, for this torch and GPU)"
+    elif not config.bf16 and config.dtype == "float32":
+        missing = "it computes in 16 bits alone; set model.bf16 to true"
+    if missing:
+        raise ValueError(f"model.attn_implementation is {name!r}: {missing}. Without that option it is sdpa")
 
 
 def attention_of(config: ModelConfig) -> dict[str, Any]:

@@ -44,8 +44,19 @@ COMMANDS = {
 """First word of the command line -> the module whose `main` takes the words behind it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM outside of a training loop, which has its own way to stop."""
+
+    signal = signal.SIGTERM
+
+
+def terminated(*_: object) -> None:
+    """A handler of SIGTERM."""
+    raise Terminated
+
+
 def main() -> int:
-    """Run a command. 0: finished, or saved and stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C."""
+    """Run a command. 0: finished, or stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C."""
     words = sys.argv[1:]
     try:
         if not words or words[0].startswith("-"):
@@ -116,6 +127,7 @@ def report(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     status = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may be dead, and taking down connections would wait for them
         sys.stdout.flush()

@@ -27,7 +27,8 @@ from harness.joint import STREAMS, Joint
 from harness.lm_evals import evaluate
 from harness.memory import precision_warning
 from harness.methods import METHODS, RunSpec, check_loss_args, runs
-from harness.model import build_model, load_model, load_tokenizer, outlined, prepare, train_tokenizer
+from harness.model import build_model, check_attention, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.outlines import outlined
 from harness.ranks import ALONE, Ranks
 from harness.reward import RewardTrainer, load_reward_model
 from harness.trackers import chosen
@@ -49,6 +50,7 @@ class SeedStudy:
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_thresholds(config.preference.warn_at)
+        check_attention(config.model, self.device)
         self.report_to = chosen(config.report_to)
         self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         check_loss_args(config.preference.loss_args)

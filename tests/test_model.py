@@ -1,12 +1,23 @@
 """Scoring at completion positions alone, tokenizers trained here, folders written whole, and the errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config import ModelConfig
 from harness.data import collate
-from harness.model import build_model, completion_logps, export, load_model, load_tokenizer, prepare, train_tokenizer
+from harness.model import (
+    build_model,
+    check_attention,
+    completion_logps,
+    export,
+    load_model,
+    load_tokenizer,
+    prepare,
+    train_tokenizer,
+)
 from tests import small
 
 
@@ -120,3 +131,32 @@ def test_gradient_checkpointing_changes_no_gradient(tok):
 def test_what_cannot_be_had_is_named(act, message, tok, tmp_path):
     with pytest.raises(ValueError, match=message):
         act(tok, tmp_path)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_sdpa_unless_something_else_is_chosen(tok):
+    chosen = {name: replace(small.MODEL, attn_implementation=name) for name in (None, "sdpa", "eager")}
+    models = {name: build_model(config, tok, 0) for name, config in chosen.items()}
+    assert [model.config._attn_implementation for model in models.values()] == ["sdpa", "sdpa", "eager"]
+    for config in chosen.values():
+        check_attention(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "bf16", "installed", "message"),
+    [
+        ("flash_attention_2", "cpu", True, True, "'flash_attention_2': it needs a GPU, and this is cpu. Without that option"),
+        ("flash_attention_2", "cuda", True, False, "its package is not installed here .pip install flash-attn"),
+        ("flash_attention_2", "cuda", False, True, "it computes in 16 bits alone; set model.bf16 to true"),
+        ("flash_atention", "cuda", True, True, "there is no such attention; expected flash_attention_2 or one of sdpa, eager"),
+    ],
+)
+def test_attention_that_cannot_be_computed_is_refused(name, device, bf16, installed, message, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+    with pytest.raises(ValueError, match=message):
+        check_attention(replace(small.MODEL, attn_implementation=name, bf16=bf16), torch.device(device))
+    if name == "flash_attention_2":
+        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+        check_attention(replace(small.MODEL, attn_implementation=name), torch.device("cuda"))

@@ -143,7 +143,7 @@ def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(worlds):
 
 
 @pytest.mark.parametrize("case", LOADING)
-def test_one_process_loads_and_no_other_ever_holds_the_whole_model(case, worlds):
+def test_one_process_loads_and_writes_and_no_other_ever_holds_the_whole_model(case, worlds):
     """Weights, adapters and buffers (positions' frequencies are in no state dict) come over as they are, ties too. Of a model
     and a reference beside it, halves of both and a tensor are all that the second process has to hold."""
     first, second = worlds(case, 2)

@@ -132,6 +132,16 @@ def test_ctrl_c_saves_and_says_so(study, tmp_path):
     assert all(ours[k].equal(theirs[k]) for k in theirs)
 
 
+def test_sigterm_ends_a_study_with_0_wherever_it_is(tmp_path):
+    """Here in its preparations; in a training loop it saves (test_ranks.py, test_faults.py)."""
+    folder = tmp_path / "out"
+    process = start(folder)
+    wait_for(process, folder / "seed-0" / "lock", 1)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 0 and "the same command goes on from here" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.model import build_model
+from harness.data import collate
+from harness.model import build_model, completion_logps
 from harness.train import Trainer
 from tests import small
 from tests.test_train import job
@@ -79,3 +80,39 @@ def test_the_foreach_step_would_need_the_whole_model(tok, tmp_path):
     """So the measure above sees such a temporary; it is what torch does by default on an accelerator."""
     most, _, whole = peak(tok, tmp_path, "RMSprop", optimizer_args={"foreach": True})
     assert most >= whole
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made inside and has so many columns, in elements."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.most = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.shape[-1] == self.columns:
+                self.most = max(self.most, tensor.numel())
+        return out
+
+
+def test_no_more_logits_are_alive_than_a_chunk_of_scored_tokens_has(tok, monkeypatch):
+    """Forwards and backwards, and what comes out is what one pass over all of them gives. 12 rows score 70 tokens and more."""
+    shape = small.ARCHITECTURE | {"vocab_size": 997, "tie_word_embeddings": False}  # a size that nothing else has
+    model = build_model(dataclasses.replace(small.MODEL, architecture=shape), tok, 0)
+    batch = collate(small.preferences(tok).winners, tok.pad_token_id)
+    weights = torch.rand(len(batch.input_ids), generator=torch.Generator().manual_seed(0))
+    found = []
+    for chunk in (16, 10_000):
+        monkeypatch.setattr("harness.model.HEAD_CHUNK", chunk)
+        with Largest(997) as seen:
+            logps = completion_logps(model, *batch).logp
+            grads = torch.autograd.grad((weights * logps).sum(), list(model.parameters()))
+        found.append((seen.most, logps, grads))
+    (small_most, a, ga), (most, b, gb) = found
+    scored = int(batch.loss_mask[:, 1:].sum())
+    assert scored > 70 and most == scored * 997 and small_most == 16 * 997
+    torch.testing.assert_close(a, b)
+    for x, y in zip(ga, gb, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)

@@ -51,6 +51,19 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_padding_and_speed_are_those_of_the_step(tok, tmp_path, monkeypatch):
+    """Both sides, each sorted by length and cut into pairs: what stands in the log against a count by hand."""
+    trainer = Trainer(job(tmp_path, tok, per_device_train_batch_size=2), small.model(tok), tok, torch.device("cpu"), False)
+    winners, losers = trainer.plan.rows(0)
+    rows, tokens, places = small.preferences(tok), 0, 0
+    for side in ([rows.winners[i] for i in winners], [rows.losers[i] for i in losers]):
+        lengths = sorted((len(e.prompt_ids) + len(e.completion_ids) for e in side), reverse=True)
+        tokens, places = tokens + sum(lengths), places + 2 * (lengths[0] + lengths[2])
+    monkeypatch.setattr("harness.progress.Speed.seconds_a_step", lambda self: 0.5)
+    line = small.line(trainer, trainer._step(0))
+    assert 0 < line["padding"] == pytest.approx(1 - tokens / places) and line["tokens_per_second"] == tokens / 0.5
+
+
 def test_the_first_ogd_step_is_definition_4_1(tok, tmp_path):
     """Sum over tokens, mean over sequences, project, RMSprop: against autograd and the float64 reference."""
     model, expected = small.model(tok), small.model(tok)

@@ -23,7 +23,8 @@ from harness.adapters import bare
 from harness.config import LoraConfig, SparseConfig
 from harness.jobs import Job
 from harness.methods import METHODS
-from harness.model import build_model, outlined, prepare
+from harness.model import build_model, export, load_model, prepare
+from harness.outlines import outlined
 from harness.progress import Signals, Stopped, Taken
 from harness.ranks import ALONE, FailedElsewhere, join
 from harness.reward import RewardTrainer, load_reward_model
@@ -142,13 +143,18 @@ def differing(folder, tok, method, ranks):
 
 
 def loading(folder, tok, what, ranks):
-    """A model that one process alone loads: what came to this one, what should have, and its peak of memory over the whole."""
+    """A model that one process alone loads and writes: what came to this one and to the disk, and its peak over the whole."""
     came = []
     plain = prepare(small.model(tok), settings(what), CPU, 3)
     shared = prepare(outlined(lambda: came.append(1) or small.model(tok), ranks), settings(what), CPU, 3, ranks)
     named = lambda model: [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]  # noqa: E731
     whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in named(shared)}
     other = [name for name, x in named(plain) if not torch.equal(x, whole.pop(name))] + [*whole]
+    export(shared, tok, folder / "exported", "# card", ranks)
+    if ranks.first:
+        export(plain, tok, folder / "own", "# card")
+        theirs, ours = (dict(load_model(small.MODEL, folder / x).named_parameters()) for x in ("own", "exported"))
+        other += [name for name, x in theirs.items() if not torch.equal(x, ours[name])]
     tied = bare(shared).lm_head.weight is bare(shared).model.embed_tokens.weight
     shape = small.ARCHITECTURE | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
     config = dataclasses.replace(settings("plain"), architecture=shape)
@@ -156,6 +162,7 @@ def loading(folder, tok, what, ranks):
     before, held = kib("VmRSS"), []
     for _ in range(2):  # the second as the reference, which waits beside it
         held.append(prepare(outlined(lambda: build_model(config, tok, 0), ranks), config, CPU, 0, ranks))
+    export(held[0], tok, folder / "large", "# card", ranks)
     size = sum(p.numel() * p.element_size() for p in held[0].parameters()) / 1024
     peak = (kib("VmHWM") - before) / size
     return {"loads": len(came), "other": other, "tied": tied, "peak": peak}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SLURM: sbatch harness/recipes/launch/slurm.sh --config RECIPE [--section.option value ...]
-# Two minutes before the time is up the processes get SIGTERM, save and end; --requeue lets the same command go on.
+# SLURM, from the repository's root: sbatch harness/recipes/launch/slurm.sh --config RECIPE [--section.option value ...]
+# Two minutes before the time is up the processes get SIGTERM, save and end; the same command goes on from there.
 #SBATCH --job-name=ogdopt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -11,5 +11,5 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export HEAD NODES="$SLURM_NNODES" RUN="$SLURM_JOB_ID"
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --kill-on-bad-exit=1 harness/recipes/launch/nodes.sh "$@"
