@@ -167,18 +167,24 @@ def clock_of(device: str) -> Callable[[], float]:
     return now
 
 
+WARM = 2
+"""Runs before anything is timed: the first step makes the base's state, and a fused one is compiled in the second."""
+
+
 def interleaved(
     base: Timed, methods: Mapping[str, Timed], rounds: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
     """For each method the median, least and most of its ratios to the base, which runs right before it, and median seconds."""
     ratios: dict[str, list[float]] = {name: [] for name in methods}
     spent: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):  # the first one warms up
+    for timed in (base, *methods.values()):
+        for _ in range(WARM):
+            timed.seconds(clock)
+    for _ in range(rounds):
         for name, method in methods.items():
             whole, own = base.seconds(clock), method.seconds(clock)
-            if number:
-                ratios[name].append(own / whole)
-                spent[name].append(own)
+            ratios[name].append(own / whole)
+            spent[name].append(own)
     return {name: spread(ratios[name]) | {"seconds": statistics.median(spent[name])} for name in methods}
 
 

@@ -109,17 +109,17 @@ class Step:
         self.opt.step()
 
     def measured(self, steps: int, clock: Callable[[], float]) -> dict[str, float]:
-        """Mean seconds of a step and of its projection; the first step makes the state."""
+        """Mean seconds of a step and of its projection."""
         self.clock, mixed, spent = clock, [], []
         told = self.way in ("ogd", "ogd_bfloat16")  # elsewhere the base is not called, or a backward pass comes in between
         if told:  # a fused step would not be taken with a hook
             self.base.register_step_pre_hook(lambda *_: mixed.append(clock() - self.backward_done))
-        for _ in range(steps + 1):
+        for _ in range(common.WARM + steps):
             since = clock()
             self.run()
             spent.append(clock() - since)
-        found = {"seconds": sum(spent[1:]) / steps}
-        return found | ({"projection": sum(mixed[1:]) / steps} if told else {})
+        found = {"seconds": sum(spent[common.WARM :]) / steps}
+        return found | ({"projection": sum(mixed[common.WARM :]) / steps} if told else {})
 
 
 def measure(way: str, pairs: int, tokens: int, steps: int, tiny: bool, device: str) -> dict[str, float]:

@@ -56,7 +56,7 @@ def steps(size: str, fused: bool) -> Callable[[], Any]:
 def measure(size: str, rows: int, fused: bool, trace: Path | None) -> dict[str, Any]:
     """Microseconds of parts and of the operators that took most."""
     run = steps(size, fused)
-    for _ in range(2):
+    for _ in range(common.WARM):
         run()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         run()

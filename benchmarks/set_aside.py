@@ -98,8 +98,9 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
     else:
         step = lambda: opt.step(winner, loser)  # noqa: E731
 
-    plain("sum")  # makes the base's state
-    step()
+    plain("sum")
+    for _ in range(common.WARM):
+        step()
     peaks = {"peak": common.added(lambda: [step() for _ in range(2)]) / B}
     ratios, passes = [], []
     winner, loser = common.sides(model, *MANY)

@@ -6,7 +6,7 @@ Both train a small Mistral in float32 on one thread with RMSprop and clipping, o
 lengths: the token ids that DPOTrainer has made of the text are what the harness gets, nothing is cut, and every step has all of
 them. Timed is CPU time from the end of a step to the end of the next, collation, metrics, clipping and optimizer included;
 loading, tokenization and what precomputes the reference are not. Right behind every step of DPOTrainer the harness takes its
-own, OGD and DPO (with its reference precomputed), so that ratios are paired; the first round warms up.
+own, OGD and DPO (with its reference precomputed), so that ratios are paired; the first round warms up, ours once more.
 
 TRL has what serves it best here: no gradient checkpointing (its default is to recompute), no logging, no progress bar, pairs
 sorted by length so that micro-batches hold little padding (the order of `group_by_length`; with `--shuffled` its default, any
@@ -178,6 +178,8 @@ def alternating(trainer: Any, ours: dict[str, Callable[[], None]]) -> dict[str, 
                 found[name].append(time.process_time() - since)
             self.since = time.process_time()
 
+    for step in ours.values():
+        step()
     trainer.add_callback(Behind())
     trainer.train()
     return {name: times[1:] for name, times in found.items()}

@@ -29,8 +29,8 @@ def results(path):
     return found["results"]
 
 
-def test_ratios_are_of_neighbours_and_the_first_round_is_left_out():
-    now, costs = [0.0], iter([9, 9, 1, 2, 2, 6, 4, 20])  # base and method in turn: x2, x3, x5 behind the warm-up
+def test_ratios_are_of_neighbours_and_the_first_runs_are_left_out():
+    now, costs = [0.0], iter([9, 9, 9, 9, 1, 2, 2, 6, 4, 20])  # base and method in turn: x2, x3, x5 behind the warm-up
 
     def spend():
         now[0] += next(costs)
