@@ -87,7 +87,7 @@ class Gram(NamedTuple):
     def cancels(self, a: Tensor, b: Tensor) -> bool:
         """Whether in some block less than a tenth of `a g_w` is left in `a g_w + b g_l`; asks the device."""
         kept, left = a * a * self.ww, a * (a * self.ww + 2 * b * self.wl) + b * (b * self.ll)
-        return not bool((left >= 0.01 * kept).all())
+        return not all((left >= 0.01 * kept).tolist())
 
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
         """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone."""
@@ -180,7 +180,7 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor, cancels: bo
         w.mul_(a.to(w.device))
         return
     l = local(loser)
-    if not cancels and w.device.type == "cpu" and isinstance(l, Tensor) and _mix_float32(w, l, a.item(), b.item()):
+    if not cancels and w.device.type == "cpu" and isinstance(l, Tensor) and _mix_float32(w, l, *torch.stack([a, b]).tolist()):
         return
     for x, y in chunks(w, l):
         z = x.to(torch.float64, copy=True)

@@ -254,19 +254,20 @@ class PairedGradient(Wrapper):
             self._run("winner" if loser is not None else None, winner)
         collected = box["winner"] is not None or box["loser"] is not None or box["active"]
         ours = collected or box["mixture"] is not None
+        entries: list[Entry] = []
         if collected and not twice:
             entries, report = self._gathered()
-            if report.norm.isfinite():
-                if self._step_fused(entries, report):
-                    self._forget()
-                    return report
-                self._mix(entries, report, report.scale)
-            del entries  # so that the loser's gradient is free before the base steps
         else:
             report = self._recompute(twice) if twice else self._adopt()
         if not report.norm.isfinite():
             self._refuse(report)
             return report
+        if entries:
+            if self._step_fused(entries, report):
+                self._forget()
+                return report
+            self._mix(entries, report, report.scale)
+            entries.clear()  # so that the loser's gradient is free before the base steps
         self._step_base(report)
         self._forget()
         if ours:
@@ -548,7 +549,7 @@ class PairedGradient(Wrapper):
             e.p.grad = e.w
         again = self._box["loser"] is not None and (self.measure_change or self.metric == "optimizer")
         self._forget()
-        self._box["mixture"] = Mixture(entries if again else [], report, grad_scale, torch.ones_like(report.norm))
+        self._box["mixture"] = Mixture([*entries] if again else [], report, grad_scale, torch.ones_like(report.norm))
 
     @torch.no_grad()
     def _step_fused(self, entries: list[Entry], report: StepReport) -> bool:

@@ -107,12 +107,14 @@ def counted(folder, tok, method, ranks):
         taken = made._step(1)
     with Watch() as logging:
         small.line(made, taken)
+    with Watch() as measured:
+        made._step(2)
     signals = Signals(ranks, [])
     signals.look()
     with Watch() as between:
         for _ in range(20):
             signals.look()
-    seen = {"scoring": scoring, "step": step, "logging": logging, "between": between}
+    seen = {"scoring": scoring, "step": step, "measured": measured, "logging": logging, "between": between}
     return {name: [x.collectives, x.reads] for name, x in seen.items()}
 
 
