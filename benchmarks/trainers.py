@@ -1,6 +1,7 @@
 """A training step of this harness against one of TRL's DPOTrainer, on the same pairs.
 
     python benchmarks/trainers.py --size 20M --pairs 64 --rounds 3
+    python benchmarks/trainers.py --size 20M --pairs 64 --rounds 3 --as-installed
 
 Both train a small Mistral in float32 on one thread with RMSprop and clipping, on the same batch of pairs with log-normal
 lengths: the token ids that DPOTrainer has made of the text are what the harness gets, nothing is cut, and every step has all of
@@ -8,14 +9,15 @@ them. Timed is CPU time from the end of a step to the end of the next, collation
 loading, tokenization and what precomputes the reference are not. Right behind every step of DPOTrainer the harness takes its
 own, OGD and DPO (with its reference precomputed), so that ratios are paired; the first round warms up, ours once more.
 
-TRL has what serves it best here: no gradient checkpointing (its default is to recompute), no logging, no progress bar, pairs
-sorted by length so that micro-batches hold little padding (the order of `group_by_length`; with `--shuffled` its default, any
-order), `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half
-sorted by length, micro-batches of at most as many tokens as `--micro` of the longest sequences have, log-probabilities at
-completion positions alone.
+By default TRL has what serves it best here: activations kept, and pairs sorted by length so that micro-batches hold little
+padding (the order of `group_by_length`). With `--as-installed` it is as its defaults are: activations are computed twice
+(`gradient_checkpointing`), and pairs come in any order. In both it neither logs nor shows progress, and takes `--micro` pairs
+at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half sorted by length,
+micro-batches of at most as many tokens as `--micro` of the longest sequences have, log-probabilities at completion positions
+alone; what a step changed is measured seldom, as it is in a run.
 
 Peak memory is that of a process that does nothing else: over what it held before the model was there, and the ratio of whole
-processes. Results go to benchmarks/results/trainers_SIZE.json.
+processes. Results go to benchmarks/results/trainers_SIZE.json and trainers_SIZE_as_installed.json.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def tokenizer(folder: Path, size: str) -> Any:
     return train_tokenizer([every], ModelConfig(None, {}, None, "word", common.SIZES[size]["vocab_size"]), folder / "tokenizer")
 
 
-def dpo_trainer(folder: Path, size: str, rows: list[dict[str, str]], how: str, micro: int, steps: int, tok: Any) -> Any:
+def dpo_trainer(
+    folder: Path, size: str, rows: list[dict[str, str]], how: str, micro: int, steps: int, tok: Any, installed: bool
+) -> Any:
     """TRL's trainer on these rows in their order, one step an epoch."""
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
@@ -98,7 +102,7 @@ def dpo_trainer(folder: Path, size: str, rows: list[dict[str, str]], how: str, m
         beta=BETA,
         learning_rate=LR,
         max_grad_norm=MAX_NORM,
-        gradient_checkpointing=False,
+        gradient_checkpointing=installed,
         bf16=False,
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -140,6 +144,7 @@ def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, 
         per_device_train_batch_size=len(data.winners),
         per_device_train_tokens=micro * max(lengths),
         max_grad_norm=MAX_NORM,
+        update_cosine_steps=1000,
         fused=which.endswith("_fused"),
     )
     folder = folder / which
@@ -185,15 +190,15 @@ def alternating(trainer: Any, ours: dict[str, Callable[[], None]]) -> dict[str, 
     return {name: times[1:] for name, times in found.items()}
 
 
-def measure(size: str, pairs: int, scale: float, micro: int, shuffled: bool, rounds: int) -> dict[str, Any]:
+def measure(size: str, pairs: int, scale: float, micro: int, installed: bool, rounds: int) -> dict[str, Any]:
     """Seconds and ratios beside either form of DPOTrainer."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, size, shuffled)
+        rows = texts(pairs, scale, size, installed)
         for how in TRL:
-            trainer = dpo_trainer(folder, size, rows, how, micro, rounds + 1, tok)
+            trainer = dpo_trainer(folder, size, rows, how, micro, rounds + 1, tok, installed)
             data = preferences(trainer.train_dataset)
             place = folder / how.replace(" ", "_")
             place.mkdir()
@@ -214,14 +219,14 @@ def measure(size: str, pairs: int, scale: float, micro: int, shuffled: bool, rou
     return results
 
 
-def memory(which: str, size: str, pairs: int, scale: float, micro: int, shuffled: bool) -> dict[str, int]:
+def memory(which: str, size: str, pairs: int, scale: float, micro: int, installed: bool) -> dict[str, int]:
     """Peak bytes of this process in two steps of one trainer: in all, and over what it held before the model was there."""
     from datasets import Dataset  # noqa: F401 - both sides have it in memory, as both have what reads rows
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tok = tokenizer(folder, size)
-        rows = texts(pairs, scale, size, shuffled)
+        rows = texts(pairs, scale, size, installed)
         ids = lambda text: tok(text, add_special_tokens=False).input_ids  # noqa: E731
         ends = [tok.eos_token_id]
         sides = [[Example(ids(row["prompt"]), ids(row[side]) + ends) for row in rows] for side in ("chosen", "rejected")]
@@ -229,7 +234,7 @@ def memory(which: str, size: str, pairs: int, scale: float, micro: int, shuffled
             import trl  # noqa: F401
         held = common.resident(reset=True)
         if which in TRL:
-            trainer = dpo_trainer(folder, size, rows, which, micro, 2, tok)
+            trainer = dpo_trainer(folder, size, rows, which, micro, 2, tok, installed)
             common.resident(reset=True)  # what computed the reference beforehand is not counted
             trainer.train()
         else:
@@ -248,25 +253,25 @@ def main(words: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=64, help="of a step; a multiple of --micro")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--micro", type=int, default=8, help="pairs in a micro-batch of TRL")
-    parser.add_argument("--shuffled", action="store_true", help="pairs in any order, as TRL takes them by default")
+    parser.add_argument("--as-installed", action="store_true", help="TRL recomputes activations and takes pairs in any order")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", choices=[*TRL, *OURS], help="peak memory of one of them, in this process; prints JSON")
     asked = parser.parse_args(words)
     if asked.pairs % asked.micro:
         parser.error(f"--pairs {asked.pairs} is not a multiple of --micro {asked.micro}")
     torch.set_num_threads(1)
-    shape = (asked.size, asked.pairs, asked.scale, asked.micro, asked.shuffled)
+    shape = (asked.size, asked.pairs, asked.scale, asked.micro, asked.as_installed)
     if asked.memory:
         print(json.dumps(memory(asked.memory, *shape)))
         return
-    path = asked.output.with_name(asked.output.name.replace("SIZE", asked.size))
+    path = asked.output.with_name(asked.output.name.replace("SIZE", asked.size + "_as_installed" * asked.as_installed))
     if why := common.absent("trl"):
         results: dict[str, Any] = {f"TRL, reference {how}": why for how in TRL}
         common.show("A step of the harness beside TRL's DPOTrainer", ["", ""], [[*row] for row in results.items()])
         common.record(path, results)
         return
     results = measure(*shape, asked.rounds)
-    sizes: list[str] = ["--shuffled"] if asked.shuffled else []
+    sizes: list[str] = ["--as-installed"] if asked.as_installed else []
     sizes += [w for name, value in zip(("size", "pairs", "scale", "micro"), shape) for w in (f"--{name}", str(value))]
     for which in (*TRL, *OURS):
         said = common.child("trainers.py", *sizes, "--memory", which, environment=common.MEMORY)
