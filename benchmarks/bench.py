@@ -34,9 +34,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--rounds",
         "1",
         "--modes",
-        *"none bfloat16 int8 recompute inside fused torchjd pytorch_optimizer".split(),
+        *"sum none bfloat16 int8 recompute inside fused torchjd pytorch_optimizer".split(),
     ),
-    "trainers.py": ("--pairs", "32", "--rounds", "1"),
+    "trainers.py": ("--pairs", "16", "--rounds", "1"),
 }
 SIZES = {"projection.py": "20M", "step.py": "20M", "set_aside.py": "20M", "trainers.py": "5M"}
 TINY = {

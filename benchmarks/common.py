@@ -205,7 +205,10 @@ def resident(reset: bool = False, peak: bool = False) -> int:
 
 
 def added(run: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that a run needs at its peak over what was held before it; on a CPU only right under `MEMORY`."""
+    """Bytes that a run needs at its peak over what was held before it.
+
+    Raises RuntimeError on a CPU without the settings of `MEMORY`, under which alone that is what is in use.
+    """
     if device != "cpu":
         import torch
 
@@ -213,6 +216,8 @@ def added(run: Callable[[], Any], device: str = "cpu") -> int:
         held = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - held
+    if any(os.environ.get(name) != value for name, value in MEMORY.items()):
+        raise RuntimeError("memory is measured in a process that began under common.MEMORY; start it by common.start or child")
     held = resident(reset=True)
     run()
     return resident(peak=True) - held

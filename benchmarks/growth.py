@@ -265,7 +265,9 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     torch.set_num_threads(1)
     if asked.worker:
-        print(json.dumps(worker(asked.sizes[0], asked.tokens[0], asked.rounds)))
+        found = worker(asked.sizes[0], asked.tokens[0], asked.rounds)
+        if os.environ["RANK"] == "0":  # lines of several may run into one another
+            print(json.dumps(found), flush=True)
         return
     found = curves(asked.sizes, asked.tokens, asked.micros, asked.rounds)
     found["ranks"] = ranks(asked.ranks, asked.sizes[0], asked.tokens[0], asked.rounds)

@@ -187,4 +187,4 @@ def report(results: dict[str, Any], size: str) -> None:
 
 
 if __name__ == "__main__":
-    common.start(main, common.ALONE)
+    common.start(main, common.MEMORY)
