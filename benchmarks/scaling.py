@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,9 +28,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
+from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
 from harness.config import DataConfig, ModelConfig, StageConfig
 from harness.data import Example, Preferences
 from harness.jobs import Job
@@ -52,7 +53,6 @@ SHAPE = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
 
 
 def pairs(n: int) -> Preferences:
@@ -71,7 +71,7 @@ def trainer(batch: int, folder: Path, ranks: Ranks) -> Trainer:
 
     def load() -> Any:
         torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(architecture(config))
+        return AutoModelForCausalLM.from_config(architecture(config))
 
     cpu, tokenizer = torch.device("cpu"), SimpleNamespace(pad_token_id=0)
     return Trainer(job, prepare(outlined(load, ranks), config, cpu, 0, ranks), tokenizer, cpu, False, ranks=ranks)
@@ -127,7 +127,7 @@ def measured(n: int, steps: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
         command = [sys.executable, *launcher, __file__, "--rank", folder, "--steps", str(steps)]
-        subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, timeout=240)
         found = json.loads((Path(folder) / "found.json").read_text())
     results = {}
     for kind, processes in found.items():
@@ -142,20 +142,19 @@ def measured(n: int, steps: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure every number of processes and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "scaling")
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     if asked.rank is not None:
         rank(asked.rank, asked.steps)
     cores = len(os.sched_getaffinity(0))
     counts = [int(n) for n in asked.ranks.split(",")]
     results = {n: measured(n, asked.steps) for n in counts}
-    print("| scaling | processes | pairs a step | seconds a step | range | efficiency | CPU seconds | waiting |")
-    print("| :-- | --: | --: | --: | --: | --: | --: | --: |")
+    rows = []
     for kind in ("strong", "weak"):
         first = results[counts[0]][kind]
         for n in counts:
@@ -163,16 +162,19 @@ def main() -> None:
             x["efficiency"] = first["seconds"] / x["seconds"] * (counts[0] / n if one else 1)
             over = " (over its cores)" if n > cores else ""
             spread = f"{x['least']:.2f}-{x['most']:.2f}"
-            row = [f"{n}{over}", PAIRS if one else PAIRS * n, f"{x['seconds']:.2f}", spread, f"{x['efficiency']:.0%}"]
-            print("|", " | ".join(map(str, [kind, *row, f"{x['cpu_seconds']:.2f}", f"{x['waiting']:.0%}"])), "|")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    caveat = f"gloo over the loopback of one machine with {cores} cores; no figure of a network or a GPU"
-    machine = f"{platform.machine()}, {cores} cores, one thread a process"
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine, "caveat": caveat, "versions": versions}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    print(f"\n{caveat}\n{RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+            figures = [
+                f"{x['seconds']:.2f}",
+                spread,
+                f"{x['efficiency']:.0%}",
+                f"{x['cpu_seconds']:.2f}",
+                f"{x['waiting']:.0%}",
+            ]
+            rows.append([f"{kind}, {n}{over}", str(PAIRS if one else PAIRS * n), *figures])
+    columns = ["scaling, processes", "pairs a step", "seconds a step", "range", "efficiency", "CPU seconds", "waiting"]
+    caveat = f"gloo over the loopback of one machine with {cores} cores, one thread a process; no figure of a network or a GPU"
+    common.show(f"OGD steps of the harness over processes; {caveat}", columns, rows)
+    common.record(asked.output, results, caveat=caveat)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, common.ALONE)

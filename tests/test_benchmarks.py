@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -351,3 +353,14 @@ def test_the_peers_are_those_of_the_extra():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     extra = tomllib.loads((common.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["bench"]
     assert {word.split("[")[0].split(">")[0] for word in extra} == set(common.PEERS)
+
+
+def test_scaling(tmp_path):
+    """One process and two: what they wait is measured, and one waits for nobody."""
+    out = tmp_path / "scaling.json"
+    words = ["--ranks", "1,2", "--steps", "2", "--output", str(out)]
+    subprocess.run([sys.executable, "benchmarks/scaling.py", *words], cwd=common.ROOT, check=True, timeout=200)
+    found = results(out)
+    for kind in ("strong", "weak"):
+        assert found["1"][kind]["waiting"] == 0 and found["1"][kind]["efficiency"] == 1
+        assert 0 < found["2"][kind]["waiting"] < 1 and found["2"][kind]["cpu_seconds"] > 0
