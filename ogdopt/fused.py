@@ -207,6 +207,8 @@ def step(base: Optimizer, ps: Sequence[Tensor], ws: Sequence[Any], ls: Sequence[
     form = BASES[type(base)]
     groups = {p: group for group in reversed(base.param_groups) for p in group["params"]}
     moved = [i for i, (w, l) in enumerate(zip(ws, ls)) if w is not None or l is not None]
+    if not moved:  # a rank whose shards are empty
+        return True
     bundles, loose, counts = [], [], []
     for k, i in enumerate(moved):
         kept = base.state.get(ps[i], {})
@@ -333,7 +335,9 @@ def _compiled(work: Callable[..., Any], kind: tuple[Any, ...], count: int, table
         # Sizes that were equal now would be taken to be equal always.
         bundles = [[_open(x, 2 + i, width) for x in kind] for i in range(count)]
         try:
-            options: dict[str, Any] = {CONTRACT: "fast"} if CONTRACT in torch._inductor.list_options() else {}
+            from torch._inductor import list_options  # seconds, which those who do not compile need not wait for
+
+            options: dict[str, Any] = {CONTRACT: "fast"} if CONTRACT in list_options() else {}
             run = torch.compile(work, fullgraph=True, options=options)
             run(bundles, *(torch.zeros_like(table[:1]).expand(count, -1).contiguous() for table in tables))
         except Exception as error:  # whatever keeps it from working: no compiler, no Triton, no room on the disk

@@ -201,6 +201,13 @@ def test_what_cannot_be_fused_says_why_once(base, options, wrapper, why, recwarn
     agree(params, expected, rel=1e-4)
 
 
+def test_a_rank_that_holds_nothing_has_nothing_to_step():
+    params = [torch.nn.Parameter(torch.empty(0))]
+    none, one = [None], torch.ones(1, dtype=torch.float64)
+    assert fused.step(torch.optim.Adam(params), params, none, none, one, -one)
+    assert fused.rows(none, none).tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_hooks_of_the_base_are_called(recwarn):
     params, winner, loser = problem()
     base = torch.optim.SGD(params, lr=1e-3)
