@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,25 @@ def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, lim
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(words)} failed:\n{done.stderr[-2000:]}")
     return done.stdout
+
+
+def launched(script: str, ranks: int, *words: str, limit: float, environment: Mapping[str, str] = TIMING) -> str:
+    """What the processes of a script of this folder printed, so many of them under torch's launcher.
+
+    Raises RuntimeError like `child`, and leaves no process behind.
+    """
+    path = str(Path(__file__).with_name(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", path, *words]
+    ready, pipes = variables(environment) | {CHILD: "1"}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=ready, start_new_session=True, text=True, **pipes) as launcher:
+        try:
+            said, complaints = launcher.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            raise RuntimeError(f"{script} on {ranks} ranks took more than {limit} s") from error
+    if launcher.returncode:
+        raise RuntimeError(f"{script} on {ranks} ranks failed:\n{complaints[-2000:]}")
+    return said
 
 
 def parser(description: str | None, result: str) -> argparse.ArgumentParser:

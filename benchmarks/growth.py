@@ -16,9 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -112,19 +110,8 @@ def ranks(counts: Sequence[int], size: str, tokens: int, rounds: int) -> list[Po
     """The parts on so many processes, each as the first of them saw it."""
     found = []
     for count in counts:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
         words = ["--worker", "--sizes", size, "--tokens", str(tokens), "--rounds", str(rounds)]
-        pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with subprocess.Popen(
-            [*launcher, *words], env=common.variables(common.TIMING), start_new_session=True, **pipes
-        ) as launched:
-            try:
-                said, complaints = launched.communicate(timeout=LIMIT)
-            except subprocess.TimeoutExpired:
-                os.killpg(launched.pid, signal.SIGKILL)
-                raise
-        if launched.returncode:
-            raise RuntimeError(f"{count} ranks failed:\n{complaints[-2000:]}")
+        said = common.launched("growth.py", count, *words, limit=LIMIT)
         line = next(line for line in reversed(said.splitlines()) if line.startswith("{"))  # gloo may say something behind it
         found.append({"x": count} | json.loads(line))
     return found

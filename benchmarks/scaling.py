@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -125,9 +124,7 @@ def rank(folder: Path, steps: int) -> None:
 def measured(n: int, steps: int) -> dict[str, dict[str, float]]:
     """Figures of `n` processes, by kind of scaling."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
-        command = [sys.executable, *launcher, __file__, "--rank", folder, "--steps", str(steps)]
-        subprocess.run(command, check=True, timeout=240)
+        common.launched("scaling.py", n, "--rank", folder, "--steps", str(steps), limit=240, environment=common.ALONE)
         found = json.loads((Path(folder) / "found.json").read_text())
     results = {}
     for kind, processes in found.items():

@@ -84,9 +84,7 @@ def measure(mode: str, size: str, rounds: int) -> dict[str, float]:
         else:
             for loss in (loser, winner) if kind == "sum" else (winner,):
                 loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
-        base.step()
-        base.zero_grad()
+        steps.finish(model, base)
 
     both = (model, lambda: winner(), lambda: loser())  # whatever these are by then
     if mode in PLAIN:

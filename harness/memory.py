@@ -37,9 +37,9 @@ SIZES = {"float32": 4, "bfloat16": 2}
 WAITING = {"bfloat16": 2.0, "int8": 1 + 4 / 256, "cpu": 0.0}
 """Bytes of a number in a gradient that is set aside."""
 STATES = {"RMSprop": 1, "Adam": 2, "AdamW": 2, "SGD": 0}
+"""Copies of every trained parameter that an optimizer of torch keeps, in the parameter's own type."""
 TEMPORARIES = {"RMSprop": 2, "Adam": 3, "AdamW": 3, "SGD": 0}
 """Tensors of a parameter's size that are alive together in the optimizer's step (tests/test_step_memory.py)."""
-"""Copies of every trained parameter that an optimizer of torch keeps, in the parameter's own type."""
 
 
 PARTS = (

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from ogdopt.gram import local, mix_, products
+from ogdopt.metric import Entry
 from ogdopt.stored import Stored
 
 BLOCK = 1024
@@ -98,10 +99,26 @@ def sgd(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
     p.copy_(p.float() - g * h[0])
 
 
+def _rmsprop_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        rmsprop(p, mixed(w, l, c[i]), states, h[i])
+
+
+def _adam_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        adam(p, mixed(w, l, c[i]), states, h[i])
+
+
+def _sgd_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
+    for i, (p, w, l, *states) in enumerate(bundles):
+        sgd(p, mixed(w, l, c[i]), states, h[i])
+
+
 class Base(NamedTuple):
     """What the fused form of a torch optimizer needs to know of it."""
 
     update: Callable[..., None]
+    """Steps bundles (parameter, g_w, g_l, *states), each by its row of two tables: `mixed`'s c and the formula's h."""
     states: Callable[[dict[str, Any]], tuple[str, ...]]
     """The keys of its state that the update reads and writes, for a group's settings."""
     numbers: Callable[[dict[str, Any], Tensor], Sequence[Any]]
@@ -127,10 +144,10 @@ def _rmsprop_numbers(group: dict[str, Any], _: Tensor) -> Sequence[Any]:
 
 
 BASES: dict[type[Optimizer], Base] = {
-    RMSprop: Base(rmsprop, lambda g: ("square_avg", "momentum_buffer")[: 1 + (g["momentum"] > 0)], _rmsprop_numbers),
-    Adam: Base(adam, lambda _: ("exp_avg", "exp_avg_sq"), _adam_numbers),
-    AdamW: Base(adam, lambda _: ("exp_avg", "exp_avg_sq"), lambda g, t: _adam_numbers(g, t, decoupled=True)),
-    SGD: Base(sgd, lambda g: ("momentum_buffer",) if g["momentum"] else (), _sgd_numbers),
+    RMSprop: Base(_rmsprop_all, lambda g: ("square_avg", "momentum_buffer")[: 1 + (g["momentum"] > 0)], _rmsprop_numbers),
+    Adam: Base(_adam_all, lambda _: ("exp_avg", "exp_avg_sq"), _adam_numbers),
+    AdamW: Base(_adam_all, lambda _: ("exp_avg", "exp_avg_sq"), lambda g, t: _adam_numbers(g, t, decoupled=True)),
+    SGD: Base(_sgd_all, lambda g: ("momentum_buffer",) if g["momentum"] else (), _sgd_numbers),
 }
 
 
@@ -198,37 +215,37 @@ def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def step(base: Optimizer, ps: Sequence[Tensor], ws: Sequence[Any], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
+def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> bool:
     """One step of the base on `a w + b l`, without writing that; where both gradients are None a parameter stays.
 
     False, and nothing is done, where the base has no state yet and has to begin by itself, and for gradients that wait in int8
     or in the host's memory.
     """
     form = BASES[type(base)]
-    groups = {p: group for group in reversed(base.param_groups) for p in group["params"]}
-    moved = [i for i, (w, l) in enumerate(zip(ws, ls)) if w is not None or l is not None]
+    places = [i for i, entry in enumerate(entries) if entry.w is not None or entry.l is not None]
+    moved = [entries[i] for i in places]
     if not moved:  # a rank whose shards are empty
         return True
     bundles, loose, counts = [], [], []
-    for k, i in enumerate(moved):
-        kept = base.state.get(ps[i], {})
-        states = [kept.get(key) for key in form.states(groups[ps[i]])]
+    for k, (group, parameter, w, l) in enumerate(moved):
+        kept = base.state.get(parameter, {})
+        states = [kept.get(key) for key in form.states(group)]
         if any(not isinstance(value, Tensor) for value in states):
             return False
         counts += [kept["step"]] if "step" in kept else []
-        p = local(ps[i].detach())
-        whole = [p, torch.zeros_like(p) if ws[i] is None else ws[i], ls[i], *states]
+        p = local(parameter.detach())
+        whole = [p, torch.zeros_like(p) if w is None else w, l, *states]
         bundles.append(_blocks(WIDTH, *whole))
         if bundles[-1] is None:
-            if isinstance(ls[i], Stored):
+            if isinstance(l, Stored):
                 return False
             loose.append((k, [None if x is None else local(x) for x in whole]))
     t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64)
-    settings = _settings(form, [groups[ps[i]] for i in moved], t).to(a.device, non_blocking=True)
-    table = _coefficients(a[moved], b[moved])
-    _run(_UPDATES[form.update], bundles, (table, settings))
-    for k, (p, w, l, *states) in loose:
-        form.update(p, mixed(w, l, table[k]), states, settings[k])
+    settings = _settings(form, [entry.group for entry in moved], t).to(a.device, non_blocking=True)
+    table = _coefficients(a[places], b[places])
+    _run(form.update, bundles, (table, settings))
+    for k, whole in loose:
+        form.update([whole], table[k : k + 1], settings[k : k + 1])
     if counts:
         torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
     return True
@@ -283,22 +300,6 @@ def _added_all(bundles: Sequence[Sequence[Any]], c: Tensor) -> None:
         w.copy_(w.float() + (y * c[i, 1] + y * c[i, 2]))
 
 
-def _rmsprop_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
-    for i, (p, w, l, *states) in enumerate(bundles):
-        rmsprop(p, mixed(w, l, c[i]), states, h[i])
-
-
-def _adam_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
-    for i, (p, w, l, *states) in enumerate(bundles):
-        adam(p, mixed(w, l, c[i]), states, h[i])
-
-
-def _sgd_all(bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor) -> None:
-    for i, (p, w, l, *states) in enumerate(bundles):
-        sgd(p, mixed(w, l, c[i]), states, h[i])
-
-
-_UPDATES = {rmsprop: _rmsprop_all, adam: _adam_all, sgd: _sgd_all}
 _ready: dict[Any, Callable[..., Any]] = {}
 
 

@@ -566,15 +566,14 @@ class PairedGradient(Wrapper):
             return False
         blocks = self._blocks()
         a, b = (report.a * report.scale)[blocks], (report.b * report.scale)[blocks]
-        ps, ws, ls = [e.p for e in entries], [e.w for e in entries], [e.l for e in entries]
         measured = self.measure_change and self._box["loser"] is not None
-        before = [local(p.detach()).clone() for p in ps] if measured else []
-        if not self._compiled(fused_forms.step, self.base, ps, ws, ls, a, b):
+        before = [local(entry.p.detach()).clone() for entry in entries] if measured else []
+        if not self._compiled(fused_forms.step, self.base, entries, a, b):
             return False
         self.base._opt_called = True  # type: ignore[attr-defined]  # schedulers of the base ask for it
         if measured:
-            numbers = [moved(p.detach(), x, w, l) for p, x, w, l in zip(ps, before, ws, ls)]
-            ranks = shared(ps, self.process_group)
+            numbers = [moved(entry.p.detach(), x, entry.w, entry.l) for entry, x in zip(entries, before)]
+            ranks = shared([entry.p for entry in entries], self.process_group)
             report.change = ranks.pooled(numbers, self._block_sizes()).to(a).sum(0)
         return True
 

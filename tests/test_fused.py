@@ -5,6 +5,7 @@ import torch
 
 from ogdopt import PairedGradient, ProjectedGradient, fused, projection
 from ogdopt.gram import gram, mix_
+from ogdopt.metric import Entry
 from ogdopt.stored import Stored
 
 BASES = {
@@ -204,7 +205,8 @@ def test_what_cannot_be_fused_says_why_once(base, options, wrapper, why, recwarn
 def test_a_rank_that_holds_nothing_has_nothing_to_step():
     params = [torch.nn.Parameter(torch.empty(0))]
     none, one = [None], torch.ones(1, dtype=torch.float64)
-    assert fused.step(torch.optim.Adam(params), params, none, none, one, -one)
+    base = torch.optim.Adam(params)
+    assert fused.step(base, [Entry(base.param_groups[0], params[0], None, None)], one, -one)
     assert fused.rows(none, none).tolist() == [[0.0, 0.0, 0.0]]
 
 
