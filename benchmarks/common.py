@@ -277,17 +277,17 @@ def machine() -> str:
 
 
 @functools.cache
-def unfused() -> str | None:
+def unfused(device: str = "cpu") -> str | None:
     """Why `fused=True` would be measured without its compiled passes here; None where it has them."""
     import torch
 
     from ogdopt import ProjectedGradient
 
-    p = torch.nn.Parameter(torch.ones(2))
+    p = torch.nn.Parameter(torch.ones(4096, device=device))  # enough for all of its passes to be compiled
     opt = ProjectedGradient(torch.optim.SGD([p], lr=1.0), fused=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which says the same
-        opt.step(lambda: p[0] + p[1], lambda: p[0])
+        opt.step(p.sum, lambda: p[0])
     return opt.unfused or None
 
 

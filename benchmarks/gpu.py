@@ -197,7 +197,7 @@ def main(words: list[str]) -> None:
     for pairs in asked.pairs:
         results[f"{pairs} pairs"] = found = {}
         for way in asked.ways:
-            if way == "ogd_fused" and (why := common.unfused()):
+            if way == "ogd_fused" and (why := common.unfused(device)):
                 found[way] = why
             elif way == "ogd_blocks" and pairs > 1:
                 found[way] = "one pair alone"

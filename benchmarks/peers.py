@@ -206,8 +206,8 @@ def ways(given: Gradients) -> dict[str, Way | str]:
     found: dict[str, Way | str] = {
         "ogdopt": ours(given, None),
         "ogdopt, clipped": ours(given, half),
-        "ogdopt, fused=True": unfused() or ours(given, None, fused=True),
-        "ogdopt, fused=True, clipped": unfused() or ours(given, half, fused=True),
+        "ogdopt, fused=True": unfused(given.kept.device.type) or ours(given, None, fused=True),
+        "ogdopt, fused=True, clipped": unfused(given.kept.device.type) or ours(given, half, fused=True),
         "loop, (a * b).sum() and a - c b": plain(textbook),
         "loop, torch.dot and add_": plain(loop),
         "foreach": plain(foreach),

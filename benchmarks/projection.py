@@ -133,7 +133,7 @@ def steps(name: str, given: Gradients, device: str) -> dict[str, Timed | str]:
     found["ogdopt, step tensor by tensor"] = ours({}, foreach=False)
     if fuses:
         found["ogdopt, torch's fused step"] = ours({}, fused=True)
-    found["ogdopt, fused=True"] = common.unfused() or ours({"fused": True}, foreach=False)
+    found["ogdopt, fused=True"] = common.unfused(device) or ours({"fused": True}, foreach=False)
     return found
 
 

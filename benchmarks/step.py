@@ -96,7 +96,7 @@ def ways(model: Any, winner: Loss, loser: Loss) -> dict[str, Callable[[], Any] |
     found: dict[str, Callable[[], Any] | str] = {
         "both losses in turn": plain(*both, graph=False),
         "ogdopt": ours(*both),
-        "ogdopt, fused=True": common.unfused() or ours(*both, fused=True),
+        "ogdopt, fused=True": common.unfused(model.device.type) or ours(*both, fused=True),
         "ogdopt, set_aside=torch.bfloat16": ours(*both, set_aside=torch.bfloat16),
         'ogdopt, set_aside="int8"': ours(*both, set_aside="int8"),
         'ogdopt, set_aside="recompute"': ours(*both, set_aside="recompute"),

@@ -1,7 +1,8 @@
 """The two passes over gradients and the base's update as compiled loops that read and write each number once.
 
-The formulas are plain torch and run as they stand, which is what tests compare their compiled forms with. torch.compile makes
-C++ of them on a CPU and Triton on a GPU, for a few tensors a call and with sizes left open, so that nothing is compiled twice.
+The formulas are plain torch and run as they stand, which is what tests compare their compiled forms with. For float32 on a CPU
+these are C++ (`ogdopt.native`). Elsewhere torch.compile makes them, of Triton on a GPU, for a few tensors a call and with sizes
+left open, so that nothing is compiled twice.
 
 On a CPU products are summed in float32 over blocks of 1,024 and in float64 beyond: as fast as memory, and right to 1e-9. Where
 float32 squares leave their range the sums are taken again by `gram.products`. A GPU sums in float64 throughout.
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from ogdopt import native
 from ogdopt.gram import local, mix_, products
 from ogdopt.metric import Entry
+from ogdopt.native import Unavailable
 from ogdopt.stored import Stored
 
 BLOCK = 1024
@@ -39,10 +42,6 @@ REFUSED = ("amsgrad", "centered", "maximize", "capturable", "differentiable")
 """Options of the bases that have no fused form."""
 
 
-class Unavailable(RuntimeError):  # noqa: N818 - names what is the matter
-    """Why something cannot be compiled here."""
-
-
 # ---- formulas: elementwise, of any shape; inner products over blocks of the last dimension -----------------------------------
 
 
@@ -56,11 +55,14 @@ def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
-    """c[3] (c[0] w + (c[1] + c[2]) l), float32."""
-    x = w.float() * c[0]
+    """c[3] (c[0] w + (c[1] + c[2]) l), float32, with c[0] 0 or 1.
+
+    Where both cancel, w + c[1] l is small and rounded accordingly, as machines multiply and add in one instruction.
+    """
+    x = torch.where(c[0] != 0, w.float(), 0.0)
     if l is not None:
         y = l.float()
-        x = x + (y * c[1] + y * c[2])
+        x = x + y * c[1] + y * c[2]
     return x * c[3]
 
 
@@ -119,6 +121,8 @@ class Base(NamedTuple):
 
     update: Callable[..., None]
     """Steps bundles (parameter, g_w, g_l, *states), each by its row of two tables: `mixed`'s c and the formula's h."""
+    loop: str
+    """The name of the same in C++, for `native.step`."""
     states: Callable[[dict[str, Any]], tuple[str, ...]]
     """The keys of its state that the update reads and writes, for a group's settings."""
     numbers: Callable[[dict[str, Any], Tensor], Sequence[Any]]
@@ -144,10 +148,12 @@ def _rmsprop_numbers(group: dict[str, Any], _: Tensor) -> Sequence[Any]:
 
 
 BASES: dict[type[Optimizer], Base] = {
-    RMSprop: Base(_rmsprop_all, lambda g: ("square_avg", "momentum_buffer")[: 1 + (g["momentum"] > 0)], _rmsprop_numbers),
-    Adam: Base(_adam_all, lambda _: ("exp_avg", "exp_avg_sq"), _adam_numbers),
-    AdamW: Base(_adam_all, lambda _: ("exp_avg", "exp_avg_sq"), lambda g, t: _adam_numbers(g, t, decoupled=True)),
-    SGD: Base(_sgd_all, lambda g: ("momentum_buffer",) if g["momentum"] else (), _sgd_numbers),
+    RMSprop: Base(
+        _rmsprop_all, "rmsprop", lambda g: ("square_avg", "momentum_buffer")[: 1 + (g["momentum"] > 0)], _rmsprop_numbers
+    ),
+    Adam: Base(_adam_all, "adam", lambda _: ("exp_avg", "exp_avg_sq"), _adam_numbers),
+    AdamW: Base(_adam_all, "adam", lambda _: ("exp_avg", "exp_avg_sq"), lambda g, t: _adam_numbers(g, t, decoupled=True)),
+    SGD: Base(_sgd_all, "sgd", lambda g: ("momentum_buffer",) if g["momentum"] else (), _sgd_numbers),
 }
 
 
@@ -174,14 +180,20 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
 
     Raises Unavailable, like `mix` and `step` before anything is changed.
     """
-    bundles = [None if w is None or l is None else _blocks(BLOCK, w, l) for w, l in zip(ws, ls)]
+    wholes = [None if w is None or l is None else _whole(w, l) for w, l in zip(ws, ls)]
+    direct, bundles = _divided(BLOCK, wholes)
     places, values = [], []
     for batch, run in _plan(_inner_of_all, bundles, ()):
         values += run([bundles[i] for i in batch])
         places += batch
     found = [torch.stack(values).view(-1, 3)] if values else []
+    if direct:
+        found.append(native.products(list(direct.values())))
+        places += direct
     short: dict[Any, list[int]] = {}
     for i, (w, l) in enumerate(zip(ws, ls)):
+        if i in direct:
+            continue
         if bundles[i] is None and isinstance(w, Tensor) and isinstance(l, Tensor) and 0 < w.numel() < 2 * BLOCK:
             short.setdefault((local(w).shape, w.dtype, l.dtype, w.device), []).append(i)
         elif bundles[i] is None:
@@ -201,15 +213,15 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
 @torch.no_grad()
 def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
     """`gram.mix_` of every pair in place: `w <- a w + b l` with the entries of `a` and `b`, (P,)."""
-    bundles = [_blocks(WIDTH, w, l) for w, l in zip(ws, ls)]
-    table, work = _coefficients(a, b), _mixed_all
-    if a.device.type == "cpu":  # where asking costs nothing
-        if ((a == 1) & (b == 0)).all():
-            return True
-        work = _added_all if (a == 1).all() and all(l is not None for l in ls) else work
-    _run(work, bundles, (table,))
+    if a.device.type == "cpu" and ((a == 1) & (b == 0)).all():  # asking a GPU would cost more than mixing
+        return True
+    table = _coefficients(a, b)
+    direct, bundles = _divided(WIDTH, [_whole(w, l) for w, l in zip(ws, ls)])
+    _run(_mixed_all, bundles, (table,))
+    if direct:
+        native.step("mix", [(w, w, l) for w, l in direct.values()], table[[*direct]])
     for i, bundle in enumerate(bundles):
-        if bundle is None:
+        if bundle is None and i not in direct:
             mix_(ws[i], ls[i], a[i], b[i])
     return True
 
@@ -226,26 +238,27 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
     moved = [entries[i] for i in places]
     if not moved:  # a rank whose shards are empty
         return True
-    bundles, loose, counts = [], [], []
-    for k, (group, parameter, w, l) in enumerate(moved):
+    wholes, counts = [], []
+    for group, parameter, w, l in moved:
         kept = base.state.get(parameter, {})
         states = [kept.get(key) for key in form.states(group)]
         if any(not isinstance(value, Tensor) for value in states):
             return False
         counts += [kept["step"]] if "step" in kept else []
-        p = local(parameter.detach())
-        whole = [p, torch.zeros_like(p) if w is None else w, l, *states]
-        bundles.append(_blocks(WIDTH, *whole))
-        if bundles[-1] is None:
-            if isinstance(l, Stored):
-                return False
-            loose.append((k, [None if x is None else local(x) for x in whole]))
+        wholes.append(_whole(parameter.detach(), w, l, *states))
+        if wholes[-1] is None:
+            return False
+    direct, others = _divided(WIDTH, wholes)
+    bundles = [None if bundle is None else _with_winner(bundle) for bundle in others]
     t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64)
     settings = _settings(form, [entry.group for entry in moved], t).to(a.device, non_blocking=True)
     table = _coefficients(a[places], b[places])
     _run(form.update, bundles, (table, settings))
-    for k, whole in loose:
-        form.update([whole], table[k : k + 1], settings[k : k + 1])
+    if direct:
+        native.step(form.loop, list(direct.values()), table[[*direct]], settings[[*direct]])
+    for k, whole in enumerate(wholes):
+        if bundles[k] is None and k not in direct:
+            form.update([_with_winner(whole)], table[k : k + 1], settings[k : k + 1])
     if counts:
         torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
     return True
@@ -291,13 +304,6 @@ def _inner_of_all(bundles: Sequence[Sequence[Any]]) -> list[Tensor]:
 def _mixed_all(bundles: Sequence[Sequence[Any]], c: Tensor) -> None:
     for i, (w, l) in enumerate(bundles):
         w.copy_(mixed(w, l, c[i]))
-
-
-def _added_all(bundles: Sequence[Sequence[Any]], c: Tensor) -> None:
-    """`_mixed_all` where a = 1: less to do, which a CPU notices."""
-    for i, (w, l) in enumerate(bundles):
-        y = l.float()
-        w.copy_(w.float() + (y * c[i, 1] + y * c[i, 2]))
 
 
 _ready: dict[Any, Callable[..., Any]] = {}
@@ -358,21 +364,38 @@ def _open(kind: Any, count: int, width: int) -> Tensor | None:
     return zeros
 
 
-def _blocks(width: int, *tensors: Any) -> list[Any] | None:
-    """The local parts of tensors of one size as (rows, width), None kept; None where one has no such view."""
+def _whole(*tensors: Any) -> list[Any] | None:
+    """The local parts of tensors as plain ones, None kept; None where one waits in int8 or in another memory."""
     found: list[Any] = []
     for x in tensors:
         if isinstance(x, Stored):
-            x = x.values if x.scales is None and x.values.device == x.device else None
-            if x is None:
+            if x.scales is not None or x.values.device != x.device:
                 return None
-        elif x is None:
-            found.append(None)
-            continue
-        elif type(x) is not Tensor:
-            x = local(x)
-        size = x.numel()
-        if size % width or size < 2 * width or x.dtype not in DTYPES or not x.is_contiguous():
-            return None
-        found.append(x.view(-1, width))
+            x = x.values.view(x.shape)
+        found.append(x if x is None or type(x) is Tensor else local(x))
     return found
+
+
+def _divided(width: int, wholes: Sequence[list[Any] | None]) -> tuple[dict[int, list[Any]], list[list[Any] | None]]:
+    """What C++ takes as it is, by place, and the others as blocks; None for these and where there is no such view.
+
+    Raises Unavailable.
+    """
+    direct = {i: x for i, x in enumerate(wholes) if x is not None and native.fits(*x)}
+    if direct:
+        native.library()
+    return direct, [None if x is None or i in direct else _blocks(width, x) for i, x in enumerate(wholes)]
+
+
+def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
+    """Tensors of one size as (rows, width), None kept; None where one has no such view."""
+    for x in whole:
+        if x is not None and (x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not x.is_contiguous()):
+            return None
+    return [None if x is None else x.view(-1, width) for x in whole]
+
+
+def _with_winner(bundle: Sequence[Any]) -> list[Any]:
+    """A bundle whose parameter has a gradient of the winner's, if of zeros."""
+    p, w, *rest = bundle
+    return [p, torch.zeros_like(p) if w is None else w, *rest]

@@ -94,8 +94,9 @@ class PairedGradient(Wrapper):
     closure. With `measure_change` the report says what the step did to both losses (it clones the parameters for it).
 
     With `fused` the inner products, the mixture with its clipping and, for RMSprop, Adam, AdamW and SGD, the base's update are
-    compiled into two passes over memory (`ogdopt.fused`), equal to the others within rounding; the first step takes some
-    seconds to compile. What cannot be fused is done as without, after a warning that says why; `unfused` keeps the reason.
+    two compiled passes over memory (`ogdopt.fused`), equal to the others within rounding. The first step takes a second to
+    compile in float32 on a CPU, longer elsewhere. What cannot be fused is done as without, after a warning that says why;
+    `unfused` keeps the reason.
 
     `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
     gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient.
@@ -174,7 +175,7 @@ class PairedGradient(Wrapper):
         super()._set_up()
         # The only mutable state, so that a class that re-dresses this object (Lightning does) still shares it.
         self._box: dict[str, Any] = {"skipped": 0, "report": None, "measured": None, "running": False, "told": False}
-        self._box["unfused"] = ""
+        self._box["unfused"], self._box["uncompiled"] = "", False
         self._forget()
         if hasattr(self.base, "_optimizer_step_pre_hooks"):  # some wrappers never called Optimizer.__init__
             self.base.register_step_pre_hook(_guard(self._box))  # copies come here too: Optimizer.__getstate__ drops hooks
@@ -579,11 +580,12 @@ class PairedGradient(Wrapper):
 
     def _compiled(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What a fused form returns; None without `fused`, and where it cannot be compiled, which is told once."""
-        if not self.fused or self._box["unfused"].startswith("torch.compile"):
+        if not self.fused or self._box["uncompiled"]:
             return None
         try:
             return work(*arguments)
         except fused_forms.Unavailable as error:
+            self._box["uncompiled"] = True
             self._tell_unfused(str(error))
             return None
 

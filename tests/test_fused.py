@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ogdopt import PairedGradient, ProjectedGradient, fused, projection
-from ogdopt.gram import gram, mix_
+from ogdopt import PairedGradient, ProjectedGradient, fused, native, projection
+from ogdopt.gram import gram, mix_, products
 from ogdopt.metric import Entry
 from ogdopt.stored import Stored
 
@@ -28,13 +28,21 @@ def lists(seed=0, scale=1.0, dtype=torch.float32):
     return [w.to(dtype) for w in winner], [l.to(dtype) for l in loser]
 
 
+@pytest.fixture(params=["C++", "torch.compile"])
+def loops(request, monkeypatch):
+    """Which loops go over float32 gradients: our own, and those that stand in for them."""
+    if request.param == "torch.compile":
+        monkeypatch.setattr(native, "fits", lambda *_: False)
+    return request.param
+
+
 def coefficients(b, a=1.0):
     return [torch.full((len(SHAPES),), x, dtype=torch.float64) for x in (a, b)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-22, 1e18], ids=["usual", "squares underflow", "squares overflow"])
-def test_numbers_equal_the_reference(dtype, scale):
+def test_numbers_equal_the_reference(loops, dtype, scale):
     ws, ls = lists(scale=scale, dtype=dtype)
     ws[1] = torch.randn(48, 64).mul(scale).to(dtype).T  # no flat view
     ws[3] = None
@@ -44,7 +52,7 @@ def test_numbers_equal_the_reference(dtype, scale):
     assert numbers.ww[3] == 0 and (numbers.ll > 0).all()
 
 
-def test_sums_are_as_good_as_the_angle_needs():
+def test_sums_are_as_good_as_the_angle_needs(loops):
     """At 20M elements: relative errors of 1e-9, and an angle under 1e-7 after the mixture, at a high cosine too."""
     torch.manual_seed(0)
     loser = torch.distributions.StudentT(3.0).sample((20_000_000,))
@@ -56,7 +64,7 @@ def test_sums_are_as_good_as_the_angle_needs():
         assert gram([winner], [loser]).cosine.abs() < 1e-7
 
 
-def test_parallel_gradients_are_seen_as_such():
+def test_parallel_gradients_are_seen_as_such(loops):
     ws, _ = lists()
     ls = [0.3 * w for w in ws]
     assert gram(ws, ls, rows=fused.rows(ws, ls)).pooled([len(ws)]).same_direction
@@ -64,7 +72,7 @@ def test_parallel_gradients_are_seen_as_such():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("a", "b"), [(1.0, -0.7), (0.3, -0.2), (1.0, 0.0), (0.0, 0.0), (0.0, -2.0), (0.5, -1e3)])
-def test_the_mixture_equals_the_reference(dtype, a, b):
+def test_the_mixture_equals_the_reference(loops, dtype, a, b):
     ws, ls = lists(dtype=dtype)
     ws[1] = torch.randn(48, 64).to(dtype).T
     ls[4] = None
@@ -78,6 +86,51 @@ def test_the_mixture_equals_the_reference(dtype, a, b):
         assert torch.allclose(got.float(), want.float(), rtol=2 * eps, atol=eps * size), k
     if (a, b) == (1.0, 0.0):
         assert torch.equal(ws[0], expected[0])
+
+
+def test_loops_of_our_own_take_any_length_from_any_address_on_any_number_of_threads():
+    torch.manual_seed(0)
+    sizes = [1, 15, 16, 17, 1023, 1024, 1025, 65535, 65536, 65537, 3 * 65536 + 5]
+    buffer = torch.randn(sum(sizes) + 1)[1:]  # no tensor begins at a multiple of 64 bytes
+    ws, ls = list(buffer.split(sizes)), [torch.randn(n) for n in sizes]
+    reference = torch.stack([products(w, l) for w, l in zip(ws, ls)])
+    table = fused._coefficients(torch.rand(len(sizes), dtype=torch.float64), -torch.rand(len(sizes), dtype=torch.float64))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mixed = [w.clone() for w in ws]
+            native.step("mix", [(w, w, l) for w, l in zip(mixed, ls)], table)
+            results.append((native.products(list(zip(ws, ls))), *mixed))
+    finally:
+        torch.set_num_threads(before)
+    numbers, *mixed = results[0]
+    size = (reference[:, 0] * reference[:, 2]).sqrt()
+    assert ((numbers - reference).abs() <= 1e-7 * torch.stack([reference[:, 0], size, reference[:, 2]], 1)).all()
+    for got, w, l, c in zip(mixed, ws, ls, table):
+        assert torch.allclose(got, fused.mixed(w, l, c), rtol=1e-6, atol=1e-6)
+    for others in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], others))
+
+
+def test_a_mixture_cancels_to_the_last_digit(loops):
+    """Rounding is that of what is left, not that of the two gradients, which float32 sums have to 2e-8."""
+    torch.manual_seed(0)
+    for a, b in ((1.0, -0.7133), (0.31, -0.2977)):
+        l = torch.randn(1 << 16)
+        w = -b / a * l + 1e-4 * torch.randn(1 << 16)
+        exact = a * w.double() + b * l.double()
+        fused.mix([w], [l], *(torch.tensor([c], dtype=torch.float64) for c in (a, b)))
+        assert (w - exact).norm() <= 1e-7 * exact.norm() + 1e-10 * l.norm()
+
+
+def test_autograd_sees_that_a_gradient_was_changed():
+    w, x = torch.ones(100), torch.ones(100, requires_grad=True)
+    loss = (x * w).sum()
+    assert fused.mix([w], [torch.ones(100)], *[torch.full((1,), c, dtype=torch.float64) for c in (1, -0.5)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def problem(seed=0, dtype=torch.float32):
@@ -113,7 +166,7 @@ def agree(found, expected, rel=2e-6):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_fused_steps_equal_the_base_s_own(name, scope):
+def test_fused_steps_equal_the_base_s_own(loops, name, scope):
     base, options = BASES[name]
     params, opt, reports = trained(base, options, max_norm=3.0, scope=scope)
     expected, other, theirs = trained(base, options, fuse=False, max_norm=3.0, scope=scope)
@@ -166,7 +219,7 @@ def test_a_gradient_that_was_set_aside_is_read_as_it_is(form):
     expected, _, theirs = trained(torch.optim.RMSprop, {}, fuse=False, set_aside=form)
     agree(params, expected)
     assert reports[1].cosine == pytest.approx(theirs[1].cosine, abs=1e-7)
-    assert fused._blocks(64, Stored(torch.zeros(128), "int8")) is None
+    assert fused._whole(Stored(torch.zeros(128), "int8")) is None
 
 
 def test_bf16_parameters():
@@ -220,17 +273,35 @@ def test_hooks_of_the_base_are_called(recwarn):
     assert called == [1] and "step hooks" in opt.unfused
 
 
-def test_without_a_compiler_the_step_is_taken_all_the_same(monkeypatch, recwarn):
+@pytest.mark.parametrize("case", ["none", "fails", "torch.compile fails"])
+def test_without_a_compiler_the_step_is_taken_all_the_same(monkeypatch, recwarn, tmp_path, case):
     def fail(*_, **__):
         raise RuntimeError("no C++ compiler\nand a long trace")
 
-    monkeypatch.setattr(fused, "_ready", {})
-    monkeypatch.setattr(torch, "compile", fail)
-    params, opt, _ = trained(torch.optim.RMSprop, {})
+    if case == "torch.compile fails":
+        monkeypatch.setattr(native, "fits", lambda *_: False)
+        monkeypatch.setattr(fused, "_ready", {})
+        monkeypatch.setattr(torch, "compile", fail)
+        why = "torch.compile fails here (RuntimeError: no C++ compiler)"
+    elif case == "fails":
+        broken = tmp_path / "broken"
+        broken.write_text("#!/bin/sh\necho 'loops.cpp: error: no OpenMP' >&2; exit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CXX", str(broken))
+        why = f"the C++ compiler {broken} fails here (loops.cpp: error: no OpenMP)"
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        why = "there is no C++ compiler here"
+    native.library.cache_clear()
+    try:
+        params, opt, _ = trained(torch.optim.RMSprop, {})
+    finally:
+        native.library.cache_clear()
     expected, _, _ = trained(torch.optim.RMSprop, {}, fuse=False)
     assert all(torch.equal(p, q) for p, q in zip(params, expected))
     told = [str(w.message) for w in recwarn if "fused=True" in str(w.message)]
-    assert len(told) == 1 and "no C++ compiler)" in told[0] and opt.unfused.startswith("torch.compile fails here")
+    assert len(told) == 1 and why in told[0] and opt.unfused.startswith(why)
 
 
 def test_a_loss_that_is_no_number_is_skipped():
