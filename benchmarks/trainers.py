@@ -11,10 +11,10 @@ own, OGD and DPO (with its reference precomputed), so that ratios are paired; th
 
 By default TRL has what serves it best here: activations kept, and pairs sorted by length so that micro-batches hold little
 padding (the order of `group_by_length`). With `--as-installed` it is as its defaults are: activations are computed twice
-(`gradient_checkpointing`), and pairs come in any order. In both it neither logs nor shows progress, and takes `--micro` pairs
-at a time. The harness is the loop of `harness/train.py` as it is, metrics line included: each half sorted by length,
-micro-batches of at most as many tokens as `--micro` of the longest sequences have, log-probabilities at completion positions
-alone; what a step changed is measured seldom, as it is in a run.
+(`gradient_checkpointing`), and pairs come in any order; the harness then also takes a step that computes them twice. In both TRL
+neither logs nor shows progress, and takes `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is,
+metrics line included: each half sorted by length, micro-batches of at most as many tokens as `--micro` of the longest sequences
+have, log-probabilities at completion positions alone; what a step changed is measured seldom, as it is in a run.
 
 Peak memory is that of a process that does nothing else: over what it held before the model was there, and the ratio of whole
 processes. Results go to benchmarks/results/trainers_SIZE.json and trainers_SIZE_as_installed.json.
@@ -42,7 +42,7 @@ from harness.config import DataConfig, ModelConfig, StageConfig
 from harness.data import Example, Preferences
 from harness.jobs import Job
 from harness.methods import METHODS
-from harness.model import train_tokenizer
+from harness.model import prepare, train_tokenizer
 from harness.progress import Signals, Speed
 from harness.train import Trainer
 
@@ -52,7 +52,12 @@ TRL = {
     "precomputed": {"precompute_ref_log_probs": True},
 }
 """Where TRL's reference log-probabilities come from, and the setting that says so."""
-OURS = {"ogd": "ogdopt, OGD", "ogd_fused": "ogdopt, OGD, fused=True", "dpo": "ogdopt, DPO"}
+OURS = {
+    "ogd": "ogdopt, OGD",
+    "ogd_fused": "ogdopt, OGD, fused=True",
+    "ogd_recompute": "ogdopt, OGD, activations computed twice",
+    "dpo": "ogdopt, DPO",
+}
 
 
 def vocabulary(size: str) -> int:
@@ -133,7 +138,7 @@ def preferences(dataset: Any) -> Preferences:
 
 def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, tok: Any) -> Callable[[], None]:
     """A step of this harness's loop, as one of `OURS`."""
-    method = which.removesuffix("_fused")
+    method = which.removesuffix("_fused").removesuffix("_recompute")
     lengths = [len(e.prompt_ids) + len(e.completion_ids) for side in (data.winners, data.losers) for e in side]
     config = StageConfig(
         data=DataConfig(max_length=max(lengths)),
@@ -151,7 +156,9 @@ def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, 
     folder.mkdir()
     beta = BETA if METHODS[method].beta else None
     job = Job(folder, method, method, method, config, data, None, beta=beta)
-    trainer = Trainer(job, common.mistral(size), tok, torch.device("cpu"), False)
+    settings = ModelConfig(None, {}, gradient_checkpointing=which.endswith("_recompute"))
+    model = prepare(common.mistral(size), settings, torch.device("cpu"))
+    trainer = Trainer(job, model, tok, torch.device("cpu"), False)
     trainer.reference = trainer._reference()
     speed, signals, done = Speed(), Signals(trainer.ranks, []), iter(range(10_000))
 
@@ -202,11 +209,12 @@ def measure(size: str, pairs: int, scale: float, micro: int, installed: bool, ro
             data = preferences(trainer.train_dataset)
             place = folder / how.replace(" ", "_")
             place.mkdir()
-            seconds = alternating(trainer, {method: harness(place, size, method, data, micro, tok) for method in OURS})
+            there = [method for method in OURS if installed or not method.endswith("_recompute")]
+            seconds = alternating(trainer, {method: harness(place, size, method, data, micro, tok) for method in there})
             results[f"TRL, reference {how}"] = {"seconds": statistics.median(seconds["TRL"])}
-            for method, label in OURS.items():
+            for method in there:
                 ratios = [own / theirs for own, theirs in zip(seconds[method], seconds["TRL"], strict=True)]
-                results.setdefault(label, {"seconds": statistics.median(seconds[method])})[how] = common.spread(ratios)
+                results.setdefault(OURS[method], {"seconds": statistics.median(seconds[method])})[how] = common.spread(ratios)
             both = data.winners + data.losers
             lengths = sorted(len(e.prompt_ids) + len(e.completion_ids) for e in both)
             scored = sum(len(e.completion_ids) for e in both)
@@ -273,7 +281,7 @@ def main(words: list[str]) -> None:
     results = measure(*shape, asked.rounds)
     sizes: list[str] = ["--as-installed"] if asked.as_installed else []
     sizes += [w for name, value in zip(("size", "pairs", "scale", "micro"), shape) for w in (f"--{name}", str(value))]
-    for which in (*TRL, *OURS):
+    for which in (*TRL, *(method for method, label in OURS.items() if label in results)):
         said = common.child("trainers.py", *sizes, "--memory", which, environment=common.MEMORY)
         results[OURS.get(which, f"TRL, reference {which}")] |= json.loads(said.splitlines()[-1])
     report(results, asked.size)
