@@ -11,7 +11,7 @@ own, OGD and DPO (with its reference precomputed), so that ratios are paired; th
 
 By default TRL has what serves it best here: activations kept, and pairs sorted by length so that micro-batches hold little
 padding (the order of `group_by_length`). With `--as-installed` it is as its defaults are: activations are computed twice
-(`gradient_checkpointing`), and pairs come in any order; the harness then also takes a step that computes them twice. In both TRL
+(`gradient_checkpointing`), and pairs come in any order; the harness then takes a step that does so too. In both TRL
 neither logs nor shows progress, and takes `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is,
 metrics line included: each half sorted by length, micro-batches of at most as many tokens as `--micro` of the longest sequences
 have, log-probabilities at completion positions alone; what a step changed is measured seldom, as it is in a run.
