@@ -133,10 +133,10 @@ def test_autograd_sees_that_a_gradient_was_changed():
         loss.backward()
 
 
-def problem(seed=0, dtype=torch.float32):
+def problem(seed=0, dtype=torch.float32, device="cpu"):
     torch.manual_seed(seed)
-    params = [torch.nn.Parameter((0.1 * torch.randn(shape)).to(dtype)) for shape in SHAPES]
-    targets = [[torch.randn(p.shape) for p in params] for _ in range(2)]
+    params = [torch.nn.Parameter((0.1 * torch.randn(shape)).to(device, dtype)) for shape in SHAPES]
+    targets = [[torch.randn(p.shape).to(device) for p in params] for _ in range(2)]
 
     def loss(side):
         scale = 1 + 0.5 * side
@@ -145,8 +145,8 @@ def problem(seed=0, dtype=torch.float32):
     return params, lambda: loss(0), lambda: loss(1)
 
 
-def trained(base, options, steps=4, fuse=True, wrap=ProjectedGradient, dtype=torch.float32, **more):
-    params, winner, loser = problem(dtype=dtype)
+def trained(base, options, steps=4, fuse=True, wrap=ProjectedGradient, dtype=torch.float32, device="cpu", **more):
+    params, winner, loser = problem(dtype=dtype, device=device)
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "lr": 3e-3}]
     opt = wrap(base(groups, lr=1e-3, **options), fused=fuse, **more)
@@ -160,7 +160,7 @@ def trained(base, options, steps=4, fuse=True, wrap=ProjectedGradient, dtype=tor
 
 def agree(found, expected, rel=2e-6):
     """In norm: where the mixture cancels to nothing, an adaptive base makes a whole step of what rounding left."""
-    p, q, before = (torch.cat([x.detach().float().flatten() for x in xs]) for xs in (found, expected, problem()[0]))
+    p, q, before = (torch.cat([x.detach().float().flatten().cpu() for x in xs]) for xs in (found, expected, problem()[0]))
     assert (p - q).norm() <= rel * (q - before).norm() + 1e-7 * q.norm()
 
 
@@ -227,6 +227,35 @@ def test_bf16_parameters():
     expected, _, _ = trained(torch.optim.SGD, {}, fuse=False, dtype=torch.bfloat16)
     assert opt.unfused == ""
     agree(params, expected, rel=2**-6)  # torch rounds to bfloat16 after every operation
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_steps_on_a_gpu_equal_the_base_s_own(name, dtype):
+    base, options = BASES[name]
+    found, opt, reports = trained(base, options, max_norm=3.0, dtype=dtype, device="cuda")
+    expected, _, theirs = trained(base, options, fuse=False, max_norm=3.0, dtype=dtype, device="cuda")
+    assert opt.unfused == ""
+    agree(found, expected, rel=2e-6 if dtype == torch.float32 else 2**-6)
+    assert reports[1].cosine == pytest.approx(theirs[1].cosine, abs=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_passes_on_a_gpu_equal_the_reference(dtype):
+    ws, ls = ([x.to("cuda") for x in xs] for xs in lists(dtype=dtype))
+    numbers, reference = gram(ws, ls, rows=fused.rows(ws, ls)), gram(ws, ls)
+    assert all(torch.allclose(got, expected, rtol=1e-12) for got, expected in zip(numbers[:3], reference[:3]))
+    one, other = (c.to("cuda") for c in coefficients(-0.7))
+    expected = [w.clone() for w in ws]
+    for k, (w, l) in enumerate(zip(expected, ls)):
+        mix_(w, l, one[k], other[k])
+    assert fused.mix(ws, ls, one, other)
+    eps = torch.finfo(dtype).eps
+    assert all(torch.allclose(got, want, rtol=2 * eps, atol=4 * eps) for got, want in zip(ws, expected))
 
 
 def test_other_rules():
