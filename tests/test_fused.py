@@ -238,7 +238,7 @@ def test_fused_steps_on_a_gpu_equal_the_base_s_own(name, dtype):
     found, opt, reports = trained(base, options, max_norm=3.0, dtype=dtype, device="cuda")
     expected, _, theirs = trained(base, options, fuse=False, max_norm=3.0, dtype=dtype, device="cuda")
     assert opt.unfused == ""
-    agree(found, expected, rel=2e-6 if dtype == torch.float32 else 2**-6)
+    agree(found, expected, rel=2e-6 if dtype == torch.float32 else 2**-5)
     assert reports[1].cosine == pytest.approx(theirs[1].cosine, abs=1e-7)
 
 
