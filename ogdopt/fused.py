@@ -390,7 +390,9 @@ def _divided(width: int, wholes: Sequence[list[Any] | None]) -> tuple[dict[int, 
 def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
     """Tensors of one size as (rows, width), None kept; None where one has no such view."""
     for x in whole:
-        if x is not None and (x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not x.is_contiguous()):
+        if x is None:
+            continue
+        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not x.is_contiguous() or x.is_neg():
             return None
     return [None if x is None else x.view(-1, width) for x in whole]
 

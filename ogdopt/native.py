@@ -38,7 +38,7 @@ def library() -> Any:
     compiler = next((found for name in names if (found := shutil.which(name))), None)
     if compiler is None:
         raise Unavailable("there is no C++ compiler here (looked for $CXX, c++, g++ and clang++)")
-    with tempfile.TemporaryDirectory(prefix="ogdopt") as folder:
+    with tempfile.TemporaryDirectory(prefix="ogdopt", ignore_cleanup_errors=True) as folder:
         path = Path(folder, "loops.so")
         try:
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(path)]

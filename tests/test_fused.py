@@ -114,6 +114,18 @@ def test_loops_of_our_own_take_any_length_from_any_address_on_any_number_of_thre
         assert all(torch.equal(x, y) for x, y in zip(results[0], others))
 
 
+def test_what_is_not_flat_memory_is_read_as_what_it_stands_for():
+    """Views that negate or repeat what is stored are left to torch."""
+    torch.manual_seed(0)
+    ws = [torch.randn(2048), torch.randn(2048), torch.randn(8, 256)]
+    ls = [torch._neg_view(torch.randn(2048)), torch.randn(1).expand(2048), torch.randn(256, 8).T]
+    assert not any(native.fits(w, l) for w, l in zip(ws, ls)) and native.fits(ws[0], ls[0].clone())
+    assert torch.allclose(fused.rows(ws, ls), torch.stack([products(w, l) for w, l in zip(ws, ls)]), rtol=1e-6)
+    expected = [w - 0.5 * l for w, l in zip(ws, ls)]
+    fused.mix(ws, ls, *(torch.full((3,), c, dtype=torch.float64) for c in (1.0, -0.5)))
+    assert all(torch.allclose(w, x, atol=1e-6) for w, x in zip(ws, expected))
+
+
 def test_a_mixture_cancels_to_the_last_digit(loops):
     """Rounding is that of what is left, not that of the two gradients, which float32 sums have to 2e-8."""
     torch.manual_seed(0)
