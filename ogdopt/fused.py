@@ -57,7 +57,7 @@ def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
     """c[3] (c[0] w + (c[1] + c[2]) l), float32, with c[0] 0 or 1.
 
-    Where both cancel, w + c[1] l is small and rounded accordingly, as machines multiply and add in one instruction.
+    Where both cancel, w + c[1] l is small and rounded accordingly, if the compiler multiplies and adds in one instruction.
     """
     x = torch.where(c[0] != 0, w.float(), 0.0)
     if l is not None:
