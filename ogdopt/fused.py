@@ -181,7 +181,7 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
     Raises Unavailable, like `mix` and `step` before anything is changed.
     """
     wholes = [None if w is None or l is None else _whole(w, l) for w, l in zip(ws, ls)]
-    direct, bundles = _divided(BLOCK, wholes)
+    direct, bundles, rest = _divided(BLOCK, wholes)
     places, values = [], []
     for batch, run in _plan(_inner_of_all, bundles, ()):
         values += run([bundles[i] for i in batch])
@@ -191,12 +191,11 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
         found.append(native.products(list(direct.values())))
         places += direct
     short: dict[Any, list[int]] = {}
-    for i, (w, l) in enumerate(zip(ws, ls)):
-        if i in direct:
-            continue
-        if bundles[i] is None and isinstance(w, Tensor) and isinstance(l, Tensor) and 0 < w.numel() < 2 * BLOCK:
+    for i in rest:
+        w, l = ws[i], ls[i]
+        if isinstance(w, Tensor) and isinstance(l, Tensor) and 0 < w.numel() < 2 * BLOCK:
             short.setdefault((local(w).shape, w.dtype, l.dtype, w.device), []).append(i)
-        elif bundles[i] is None:
+        else:
             found.append(products(w, l)[None])
             places.append(i)
     for some in short.values():  # one call for all of a length: norms and biases
@@ -216,13 +215,12 @@ def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cpu" and ((a == 1) & (b == 0)).all():  # asking a GPU would cost more than mixing
         return True
     table = _coefficients(a, b)
-    direct, bundles = _divided(WIDTH, [_whole(w, l) for w, l in zip(ws, ls)])
+    direct, bundles, rest = _divided(WIDTH, [_whole(w, l) for w, l in zip(ws, ls)])
     _run(_mixed_all, bundles, (table,))
     if direct:
         native.step("mix", [(w, w, l) for w, l in direct.values()], table[[*direct]])
-    for i, bundle in enumerate(bundles):
-        if bundle is None and i not in direct:
-            mix_(ws[i], ls[i], a[i], b[i])
+    for i in rest:
+        mix_(ws[i], ls[i], a[i], b[i])
     return True
 
 
@@ -238,7 +236,8 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
     moved = [entries[i] for i in places]
     if not moved:  # a rank whose shards are empty
         return True
-    wholes, counts = [], []
+    wholes: list[Any] = []
+    counts = []
     for group, parameter, w, l in moved:
         kept = base.state.get(parameter, {})
         states = [kept.get(key) for key in form.states(group)]
@@ -248,7 +247,7 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
         wholes.append(_whole(parameter.detach(), w, l, *states))
         if wholes[-1] is None:
             return False
-    direct, others = _divided(WIDTH, wholes)
+    direct, others, rest = _divided(WIDTH, wholes)
     bundles = [None if bundle is None else _with_winner(bundle) for bundle in others]
     t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64)
     settings = _settings(form, [entry.group for entry in moved], t).to(a.device, non_blocking=True)
@@ -256,9 +255,8 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
     _run(form.update, bundles, (table, settings))
     if direct:
         native.step(form.loop, list(direct.values()), table[[*direct]], settings[[*direct]])
-    for k, whole in enumerate(wholes):
-        if bundles[k] is None and k not in direct:
-            form.update([_with_winner(whole)], table[k : k + 1], settings[k : k + 1])
+    for k in rest:
+        form.update([_with_winner(wholes[k])], table[k : k + 1], settings[k : k + 1])
     if counts:
         torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
     return True
@@ -376,15 +374,16 @@ def _whole(*tensors: Any) -> list[Any] | None:
     return found
 
 
-def _divided(width: int, wholes: Sequence[list[Any] | None]) -> tuple[dict[int, list[Any]], list[list[Any] | None]]:
-    """What C++ takes as it is, by place, and the others as blocks; None for these and where there is no such view.
+def _divided(width: int, wholes: Sequence[Any]) -> tuple[dict[int, list[Any]], list[list[Any] | None], list[int]]:
+    """What C++ takes as it is, by place; blocks for torch.compile, None where there are none; the places that neither takes.
 
     Raises Unavailable.
     """
     direct = {i: x for i, x in enumerate(wholes) if x is not None and native.fits(*x)}
     if direct:
         native.library()
-    return direct, [None if x is None or i in direct else _blocks(width, x) for i, x in enumerate(wholes)]
+    bundles = [None if x is None or i in direct else _blocks(width, x) for i, x in enumerate(wholes)]
+    return direct, bundles, [i for i, bundle in enumerate(bundles) if bundle is None and i not in direct]
 
 
 def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
@@ -392,7 +391,7 @@ def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
     for x in whole:
         if x is None:
             continue
-        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not x.is_contiguous() or x.is_neg():
+        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not native.flat(x):
             return None
     return [None if x is None else x.view(-1, width) for x in whole]
 

@@ -54,15 +54,25 @@ def library() -> Any:
     return built
 
 
+def flat(x: Tensor) -> bool:
+    """Whether the elements lie in memory one after the other as they are read, which compiled loops take for granted."""
+    return x.is_contiguous() and not x.is_neg()
+
+
 def fits(*bundle: Any) -> bool:
     """Whether (g_w, g_l) or (parameter, g_w, g_l, *states) are flat float32 tensors of this process's memory, or None.
 
     The loser's gradient may be bfloat16.
     """
     there = [x for x in bundle if x is not None]
-    flat = all(type(x) is Tensor and x.device.type == "cpu" and x.is_contiguous() and not x.is_neg() for x in there)
     l = bundle[min(2, len(bundle) - 1)]
-    return flat and all(x.dtype == torch.float32 or (x is l and x.dtype == torch.bfloat16) for x in there)
+    return all(
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and flat(x)
+        and (x.dtype == torch.float32 or (x is l and x.dtype == torch.bfloat16))
+        for x in there
+    )
 
 
 def products(pairs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -72,15 +82,13 @@ def products(pairs: Sequence[Sequence[Tensor]]) -> Tensor:
     return found
 
 
-def step(name: str, bundles: Sequence[Sequence[Any]], c: Tensor, h: Tensor | None = None) -> None:
+def step(name: str, bundles: Sequence[Sequence[Any]], *tables: Tensor) -> None:
     """The update of that name on bundles (parameter, g_w, g_l, *states) that fit, by their rows of `fused`'s two tables.
 
     "mix" writes the mixture into the parameter's place, and g_w may be that. One gradient may be None. Raises Unavailable.
     """
-    numbers = torch.zeros(len(bundles), NUMBERS)
-    numbers[:, : c.shape[1]] = c
-    if h is not None:
-        numbers[:, c.shape[1] : c.shape[1] + h.shape[1]] = h
+    given = torch.cat(tables, 1).cpu()
+    numbers = torch.nn.functional.pad(given, (0, NUMBERS - given.shape[1]))
     for row, (_, w, l, *_) in zip(numbers, bundles):
         if w is None:
             row[0] = 0  # and what stands in its place is not looked at

@@ -325,7 +325,6 @@ def test_gradients_that_a_replayed_graph_writes_to_one_place_are_refused(clone):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("base", ["RMSprop", "AdamW foreach"])
 def test_cuda_graphs_are_right_or_refused(base):
     """Under reduce-overhead a step either equals the eager one or raises; never a silently wrong gradient (PITFALLS S27)."""

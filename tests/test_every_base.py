@@ -266,7 +266,6 @@ def test_complex_parameters_are_pairs_of_reals(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "NAdam"])
 def test_capturable_bases(name):
     moved = []

@@ -243,7 +243,6 @@ def test_bf16_parameters():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_steps_on_a_gpu_equal_the_base_s_own(name, dtype):
@@ -256,7 +255,6 @@ def test_fused_steps_on_a_gpu_equal_the_base_s_own(name, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_passes_on_a_gpu_equal_the_reference(dtype):
     ws, ls = ([x.to("cuda") for x in xs] for xs in lists(dtype=dtype))
