@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.peers import Gradients
 from ogdopt import ProjectedGradient
-from ogdopt.gram import gram, mix_
+from ogdopt.gram import gram
+from ogdopt.passes import mix_
 from ogdopt.projection import orthogonal
 
 PARTS = ("forward and backward", "Gram", "mixture", "base step")

@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ogdopt.gram import Gram, Value, gradients, gram, local, moved, parts, shared
+from ogdopt.distributed import local, shared
+from ogdopt.gram import Gram, Value, gradients, gram, parts
 from ogdopt.losses import Completion, Pairs
+from ogdopt.passes import moved
 
 
 def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, float]:

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from ogdopt import native
-from ogdopt.gram import local, mix_, products
+from ogdopt.distributed import local
 from ogdopt.metric import Entry
 from ogdopt.native import Unavailable
+from ogdopt.passes import mix_, products
 from ogdopt.stored import Stored
 
 BLOCK = 1024

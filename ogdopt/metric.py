@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from ogdopt.gram import Gram, Ranks, blocks_of, chunks, local, ratio
+from ogdopt.distributed import Ranks, local
+from ogdopt.gram import Gram, blocks_of, ratio
+from ogdopt.passes import chunks
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-7}
 """Cosine of the angle left between the change and g_l, on the side that does not help the loser; 16-bit types: 1e-4."""

@@ -21,22 +21,10 @@ from torch.optim import Optimizer
 from ogdopt import fused as fused_forms
 from ogdopt import metric as own_metric
 from ogdopt import stored
-from ogdopt.gram import (
-    FAULTS,
-    DTensor,
-    Gram,
-    elsewhere,
-    gram,
-    local,
-    mix_,
-    moved,
-    pending,
-    products,
-    same_memory,
-    settled,
-    shared,
-)
+from ogdopt.distributed import FAULTS, DTensor, elsewhere, local, pending, same_memory, settled, shared
+from ogdopt.gram import Gram, gram
 from ogdopt.metric import Entry
+from ogdopt.passes import mix_, moved, products
 from ogdopt.projection import Rule, Scope, block_sizes, orthogonal
 from ogdopt.report import StepReport
 from ogdopt.stored import SetAside, Stored

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ogdopt.gram import Gram, Value, gradients, gram, mix_
+from ogdopt.gram import Gram, Value, gradients, gram
+from ogdopt.passes import mix_
 from ogdopt.projection import Rule
 
 

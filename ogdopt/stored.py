@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ogdopt.gram import chunk_size, local
+from ogdopt.distributed import local
+from ogdopt.passes import chunk_size
 
 SetAside: TypeAlias = "torch.dtype | Literal['int8', 'cpu', 'recompute'] | None"
 FORMS = (None, torch.bfloat16, "int8", "cpu", "recompute")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ogdopt import PairedGradient, ProjectedGradient, fused, native, projection
-from ogdopt.gram import gram, mix_, products
+from ogdopt.gram import gram
 from ogdopt.metric import Entry
+from ogdopt.passes import mix_, products
 from ogdopt.stored import Stored
 
 BASES = {

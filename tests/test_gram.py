@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from ogdopt.gram import CPU_CHUNK, Gram, gram, mix_, settled
+from ogdopt.distributed import settled
+from ogdopt.gram import Gram, gram
+from ogdopt.passes import CPU_CHUNK, mix_
 from tests.gradients import inner, pairs
 
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, RMSprop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ogdopt import GradientError, PairedGradient, ProjectedGradient
-from ogdopt.gram import pending, same_memory
+from ogdopt.distributed import pending, same_memory
 from ogdopt.projection import watch
 
 

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ogdopt.gram import _reduce, gram
+from ogdopt.distributed import _reduce
+from ogdopt.gram import gram
 from tests.gradients import inner
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)

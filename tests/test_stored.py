@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 from ogdopt import GradientError, ProjectedGradient
-from ogdopt.gram import CPU_CHUNK, gram
+from ogdopt.gram import gram
+from ogdopt.passes import CPU_CHUNK
 from ogdopt.stored import BLOCK, Stored
 from tests.gradients import inner, norm, reference
 from tests.test_optimizer import gradients, toy, vector
