@@ -127,11 +127,11 @@ def _sum(value: Tensor | Iterable[Tensor]) -> float:
 
 
 def token_products(logps: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Inner products of the gradients of tokens' log-probabilities, (T, T), float64: one batch of vector-Jacobian products.
+    """Inner products of the gradients of tokens' log-probabilities, (T, T), float64, symmetric to the bit.
 
     `logps`, (T,), has a graph, for example the tokens of the chosen answer and behind them those of the rejected one; sums of
-    blocks are then the products of the whole answers' gradients. It keeps T gradients, so give the parameters of a few layers
-    or adapters for a large model.
+    blocks are then the products of the whole answers' gradients. It is one batch of vector-Jacobian products, which keeps T
+    gradients, so give the parameters of a few layers or adapters for a large model.
 
     >>> import torch
     >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -146,7 +146,7 @@ def token_products(logps: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         if row is not None:
             flat = row.flatten(1).double()
             total += flat @ flat.T
-    return total
+    return (total + total.T) / 2  # a product of matrices sums (i, j) and (j, i) in different orders on some processors
 
 
 def cosines(products: Tensor) -> Tensor:
