@@ -315,7 +315,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table: as wide as the terminal, or wide where it goes to a file."""
     from rich.console import Console
 
-    from harness.tables import Table
+    from ogdopt_harness.common.tables import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(Table(title, columns, rows).terminal())

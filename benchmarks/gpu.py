@@ -11,7 +11,7 @@ Float32 weights, bfloat16 compute, FSDP2's casts, gradient checkpointing, chunke
 
 MFU counts forward and backward passes and no recomputation, against the GPU's dense bfloat16 peak (`--peak_tflops` where it is
 not known here). *Projection* is the time from the last backward pass to the base's step. The prediction is that of `--dry_run`
-(harness/memory.py). Every way runs in a process of its own. Results go to benchmarks/results/gpu.json.
+(harness/ogdopt_harness/modeling/memory.py). Every way runs in a process of its own. Results go to benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from harness import ranks
-from harness.config import RECIPES, ModelConfig, StageConfig
-from harness.memory import Load, Shape, parts, shape_of
-from harness.model import architecture, completion_logps, prepare
 from ogdopt import ProjectedGradient
 from ogdopt.losses import Completion, Pairs, dpo, nll
+from ogdopt_harness.common import ranks
+from ogdopt_harness.config.schema import RECIPES, ModelConfig, StageConfig
+from ogdopt_harness.modeling.memory import Load, Shape, parts, shape_of
+from ogdopt_harness.modeling.model import architecture, completion_logps, prepare
 
 WAYS = {
     "sft": "SFT",

@@ -220,7 +220,7 @@ def draw(found: dict[str, list[Point]], slopes: dict[str, dict[str, float]], lim
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    from harness.figures import PAPER
+    from ogdopt_harness.reporting.figures import PAPER
 
     hues = dict(zip((*PARTS, *COLLECTIVES), ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000"), strict=True))
     with matplotlib.rc_context(PAPER | {"text.parse_math": True}):  # powers of ten; no label comes from a file

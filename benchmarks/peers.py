@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Timed, absent, architecture, unfused
-from harness.model import meta_model
 from ogdopt import ProjectedGradient
+from ogdopt_harness.modeling.model import meta_model
 
 
 class Gradients:

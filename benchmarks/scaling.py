@@ -32,14 +32,14 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from harness.config import DataConfig, ModelConfig, StageConfig
-from harness.data import Example, Preferences
-from harness.jobs import Job
-from harness.model import architecture, prepare
-from harness.outlines import outlined
-from harness.progress import Signals, Speed
-from harness.ranks import Ranks, join, leave
-from harness.train import Trainer
+from ogdopt_harness.common.ranks import Ranks, join, leave
+from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
+from ogdopt_harness.data.examples import Example, Preferences
+from ogdopt_harness.modeling.broadcast import outlined
+from ogdopt_harness.modeling.model import architecture, prepare
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.progress import Signals, Speed
+from ogdopt_harness.training.trainer import Trainer
 
 PAIRS = 16
 PROMPT, ANSWER = (16, 64), (32, 96)  # tokens, from and to

@@ -18,8 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from harness.runs import Answers, Evaluation
-from harness.tax import compare, tax
+from ogdopt_harness.analysis.study_reader import Answers, Evaluation
+from ogdopt_harness.analysis.tax import compare, tax
 
 SIZES = {  # items, accuracy, chance
     "piqa": (1838, 0.82, 0.5),

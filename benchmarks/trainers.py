@@ -12,7 +12,7 @@ own, OGD and DPO (with its reference precomputed), so that ratios are paired; th
 By default TRL has what serves it best here: activations kept, and pairs sorted by length so that micro-batches hold little
 padding (the order of `group_by_length`). With `--as-installed` it is as its defaults are: activations are computed twice
 (`gradient_checkpointing`), and pairs come in any order; the harness then takes a step that does so too. In both TRL
-neither logs nor shows progress, and takes `--micro` pairs at a time. The harness is the loop of `harness/train.py` as it is,
+neither logs nor shows progress, and takes `--micro` pairs at a time. The harness is the loop of `training/trainer.py` as it is,
 metrics line included: each half sorted by length, micro-batches of at most as many tokens as `--micro` of the longest sequences
 have, log-probabilities at completion positions alone; what a step changed is measured seldom, as it is in a run.
 
@@ -38,13 +38,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from harness.config import DataConfig, ModelConfig, StageConfig
-from harness.data import Example, Preferences
-from harness.jobs import Job
-from harness.methods import METHODS
-from harness.model import prepare, train_tokenizer
-from harness.progress import Signals, Speed
-from harness.train import Trainer
+from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
+from ogdopt_harness.data.examples import Example, Preferences
+from ogdopt_harness.modeling.model import prepare, train_tokenizer
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.methods import METHODS
+from ogdopt_harness.training.progress import Signals, Speed
+from ogdopt_harness.training.trainer import Trainer
 
 BETA, LR, MAX_NORM = 0.1, 1e-6, 10.0
 TRL = {

@@ -1,13 +1,14 @@
-"""Shared fixtures: one thread, no network, and the repository's root on the path."""
+"""Shared settings: one thread, no network, and this checkout's code in every process that a test starts."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [*(str(Path(__file__).parents[1] / folder) for folder in ("", "harness")), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 import torch

@@ -4,10 +4,10 @@ import random
 
 import torch
 
-from harness.config import DataConfig, ModelConfig, StageConfig
-from harness.data import Example, Preferences
-from harness.model import build_model, train_tokenizer
-from harness.progress import Signals, Speed
+from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
+from ogdopt_harness.data.examples import Example, Preferences
+from ogdopt_harness.modeling.model import build_model, train_tokenizer
+from ogdopt_harness.training.progress import Signals, Speed
 
 TEXT = "where does lives in what is the of a sure friend um whatever rador mila oslo rome cairo lima ? . ,"
 WORDS = TEXT.split()

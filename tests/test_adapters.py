@@ -11,16 +11,16 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from harness.adapters import adapted, bare, merged
-from harness.config import DataConfig, LoraConfig, parse
-from harness.data import collate
-from harness.jobs import Job
-from harness.joint import Joint
-from harness.methods import METHODS
-from harness.model import completion_logps, export, prepare
-from harness.progress import Stopped
-from harness.stages import SeedStudy
-from harness.train import Trainer, train
+from ogdopt_harness.config.schema import DataConfig, LoraConfig, parse
+from ogdopt_harness.data.examples import collate
+from ogdopt_harness.modeling.adapters import adapted, bare, merged
+from ogdopt_harness.modeling.model import completion_logps, export, prepare
+from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.joint import Joint
+from ogdopt_harness.training.methods import METHODS
+from ogdopt_harness.training.progress import Stopped
+from ogdopt_harness.training.trainer import Trainer, train
 from tests import small
 
 peft = pytest.importorskip("peft")
@@ -198,7 +198,7 @@ def test_options_on_the_command_line():
 def test_a_model_that_knows_nothing_has_its_supervised_stage_whole(tok, tmp_path, monkeypatch):
     """What is built from an architecture is trained whole first; a given model has adapters in both stages."""
     seen = []
-    monkeypatch.setattr("harness.stages.train", lambda job, model, *rest, **named: seen.append(model))
+    monkeypatch.setattr("ogdopt_harness.pipeline.stages.train", lambda job, model, *rest, **named: seen.append(model))
     monkeypatch.setattr(SeedStudy, "_evaluate", lambda *args: None)
     monkeypatch.setattr(SeedStudy, "_supervised_rows", {"train": small.preferences(tok).winners})
     monkeypatch.setattr(SeedStudy, "tokenizer", tok)
@@ -208,6 +208,6 @@ def test_a_model_that_knows_nothing_has_its_supervised_stage_whole(tok, tmp_path
         config = parse([*words, "--model.model_name_or_path", given])
         model = dataclasses.replace(config.model, architecture=small.ARCHITECTURE)
         config = dataclasses.replace(config, model=model, sft=dataclasses.replace(config.sft, data=DataConfig(train=["x"])))
-        monkeypatch.setattr("harness.stages.record", lambda *args: None)
+        monkeypatch.setattr("ogdopt_harness.pipeline.stages.record", lambda *args: None)
         SeedStudy(config, 0).supervised()
     assert [bare(model) is model for model in seen] == [True, False]

@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
-from harness import checkpoints
-from harness.checkpoints import Progress, broken, found, restore, save
 from ogdopt import ProjectedGradient
+from ogdopt_harness.training import checkpoints
+from ogdopt_harness.training.checkpoints import Progress, broken, found, restore, save
 
 
 def parts(seed=0):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from harness.compare import main, subjects
-from harness.runs import short_name
+from ogdopt_harness.analysis.study_reader import short_name
+from ogdopt_harness.commands.tax import main, subjects
 
 # The paper's benchmarks at their real sizes, with plausible accuracies of a 7B model (chance).
 SIZES = {

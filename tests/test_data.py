@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from harness.config import DataConfig
-from harness.data import Batch, Example, Pair, collate, load_preferences, load_sft, order, texts
+from ogdopt_harness.config.schema import DataConfig
+from ogdopt_harness.data.examples import Batch, Example, Pair, collate, load_preferences, load_sft, order, texts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MISTRAL = (

@@ -26,7 +26,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 def launch(ranks, folder, *words, worker=WORKER, seconds=200, launcher=TORCHRUN):
     """Run a worker under torch's launcher, or another, with a time limit; its exit and what it said on the way."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", *launcher, str(ranks), worker, str(folder), *words],
         cwd=ROOT,

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 MODULES = sorted(
-    ".".join(p.relative_to(ROOT).with_suffix("").parts)
-    for package in ("ogdopt", "harness")
-    for p in (ROOT / package).rglob("*.py")
-    if p.name not in ("__init__.py", "run.py")
+    ".".join(path.relative_to(root).with_suffix("").parts)
+    for root, package in ((ROOT, "ogdopt"), (ROOT / "harness", "ogdopt_harness"))
+    for path in (root / package).rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
 )
 
 
@@ -74,22 +74,21 @@ HARNESS = re.compile(r"harness/run\.py(.*?)(?:  #.*)?$", re.M)
 
 @pytest.mark.parametrize("words", [line.split() for code in BLOCKS if code[0] == "sh" for line in HARNESS.findall(code[1])])
 def test_commands_of_the_readme_have_the_options_they_are_shown_with(words, capsys):
-    from harness.config import command
-    from harness.run import COMMANDS
+    from ogdopt_harness.cli import COMMANDS
+    from ogdopt_harness.config.schema import command
 
     name = words[0] if words and not words[0].startswith("-") else None
     # The options of `tax` are those of a study.
-    start = command if name in (None, "tax") else importlib.import_module(COMMANDS[name]).main
+    start = command if name in (None, "run", "tax") else importlib.import_module(COMMANDS[name]).main
     with contextlib.suppress(SystemExit):
         start(["--help"])
     said = capsys.readouterr().out
     assert all(word in said for word in words if word.startswith("--")), words
 
 
-def test_every_file_stands_in_the_tree():
-    """The captioned tree of "How it is built" names every module."""
-    (tree,) = (code for language, code in BLOCKS if language == "text" and "optimizer.py" in code)
-    for package in ("ogdopt", "harness"):
-        for path in (ROOT / package).glob("*.py"):
-            if path.name != "__init__.py":
-                assert re.search(rf"^\s+{re.escape(path.name)}\s", tree, re.M), path.name
+def test_the_architecture_has_every_package_and_no_file_that_is_gone():
+    said = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = {path.parent.name for path in (ROOT / "harness" / "ogdopt_harness").glob("*/__init__.py")}
+    assert packages <= set(re.findall(r"`(\w+)`", said)) and len(packages) >= 11
+    files = re.findall(r"^(\w+\.py) ", said, re.M)
+    assert files and all((ROOT / "ogdopt" / name).is_file() for name in files), files

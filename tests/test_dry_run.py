@@ -7,15 +7,25 @@ import pytest
 import torch
 import yaml
 
-from harness import dry_run, run
-from harness.config import LoraConfig, ModelConfig, StageConfig, command
-from harness.data import Example
-from harness.jobs import Job
-from harness.memory import Load, copies, largest_moment, parts, precision_warning, shape_of, trained_parameters, unmoved
-from harness.model import architecture, build_model, completion_logps, load_model, prepare
-from harness.preview import CLOSE, OPEN, histogram, marked
-from harness.stages import SeedStudy
-from harness.train import Trainer
+from ogdopt_harness import cli
+from ogdopt_harness.commands import dry_run
+from ogdopt_harness.config.schema import LoraConfig, ModelConfig, StageConfig, command
+from ogdopt_harness.data.examples import Example
+from ogdopt_harness.data.preview import CLOSE, OPEN, histogram, marked
+from ogdopt_harness.modeling.memory import (
+    Load,
+    copies,
+    largest_moment,
+    parts,
+    precision_warning,
+    shape_of,
+    trained_parameters,
+    unmoved,
+)
+from ogdopt_harness.modeling.model import architecture, build_model, completion_logps, load_model, prepare
+from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.trainer import Trainer
 from tests import small
 
 GIB = 2**30
@@ -208,8 +218,8 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("a dry run loads no weights")
 
-    monkeypatch.setattr("harness.stages.load_model", loaded)
-    monkeypatch.setattr("harness.stages.build_model", loaded)
+    monkeypatch.setattr("ogdopt_harness.pipeline.stages.load_model", loaded)
+    monkeypatch.setattr("ogdopt_harness.pipeline.stages.build_model", loaded)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
 
 
@@ -230,7 +240,7 @@ def start(*words):
     """What `run.py --dry_run` with these words returns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["run.py", "--dry_run", *words])
-        return run.main()
+        return cli.answer()
 
 
 def test_a_7b_recipe_offline(tmp_path, capsys, nothing_is_loaded):

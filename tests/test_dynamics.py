@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import alignment, claims
-from harness.embeddings import embed, flat
-from harness.persona import QUESTION, Behaviour, made_up, read_behaviours
-from harness.studies import dynamics
-from harness.studies.dynamics import alone, boundary, certain, direction, drawn, priorities, tuned
 from ogdopt.dynamics import means, priority, separation
 from ogdopt.losses import Completion, Pairs, dpo
+from ogdopt_harness.analysis import claims
+from ogdopt_harness.data.behaviours import QUESTION, Behaviour, made_up, read_behaviours
+from ogdopt_harness.modeling.embeddings import embed, flat
+from ogdopt_harness.studies import behaviour_lab, dynamics
+from ogdopt_harness.studies.dynamics import alone, boundary, certain, direction, drawn, priorities, tuned
 from tests import small
 
 PERSONA = Path(__file__).resolve().parents[2] / "shared" / "data" / "persona"
@@ -207,29 +207,29 @@ def test_made_up_behaviours_are_told_apart_by_their_strength():
 @pytest.fixture
 def short(monkeypatch):
     for name, value in {"USED": 30, "HELD_OUT": 6, "TEXT_STEPS": 4, "STEPS": 10}.items():
-        monkeypatch.setattr(alignment, name, value)
+        monkeypatch.setattr(behaviour_lab, name, value)
     monkeypatch.setattr(dynamics, "USED", 30)
 
 
 def test_one_batch_of_the_small_model_is_the_librarys_dpo(short, tmp_path):
     """Loss and OGD's two likelihoods against log-softmax over the whole vocabulary."""
-    lab = alignment.Lab(list(made_up((0.3, 0.6), 60).values()), 0, tmp_path)
+    lab = behaviour_lab.Lab(list(made_up((0.3, 0.6), 60).values()), 0, tmp_path)
     task, rows = lab.train[0], [0, 5, 7]
     before = lab.margins(lab.model, task.questions)
-    batch = alignment.Batch(task, rows, task.sign, before + 0.5, lab.answers)
+    batch = behaviour_lab.Batch(task, rows, task.sign, before + 0.5, lab.answers)
     logps = torch.stack([lab.model(task.questions[k][None]).logits[0, -1].log_softmax(-1) for k in rows])
     yes_first = torch.where(task.sign[rows] > 0, 0, 1)
     chosen, rejected = (logps.gather(1, lab.answers[k][:, None]) for k in (yes_first, 1 - yes_first))
     zero = torch.zeros(3)
     shift = (before[rows] + 0.5) * task.sign[rows]
     pairs = Pairs(Completion(chosen, torch.ones(3, 1)), Completion(rejected, torch.ones(3, 1)), shift, zero)
-    assert batch.dpo(lab.model).item() == pytest.approx(dpo(pairs, beta=alignment.BETA).mean().item(), rel=1e-4)
+    assert batch.dpo(lab.model).item() == pytest.approx(dpo(pairs, beta=behaviour_lab.BETA).mean().item(), rel=1e-4)
     assert batch.likelihood(lab.model, True).item() == pytest.approx(-chosen.mean().item(), rel=1e-4)
     assert batch.likelihood(lab.model, False).item() == pytest.approx(-rejected.mean().item(), rel=1e-4)
 
 
 def test_flipped_labels_undo_and_ogd_takes_part(short):
-    found = alignment.fine_tuning(list(made_up((0.0, 0.9), 60).values()), 0)
+    found = behaviour_lab.fine_tuning(list(made_up((0.0, 0.9), 60).values()), 0)
     assert found == found | {"names": ["music", "sport"]} and len(found["losses"][0]) == 10
     assert found["losses"][0][0] == pytest.approx(math.log(2), abs=1e-6)
     (least, most) = found["flips"].values()

@@ -438,7 +438,7 @@ def two_ranks(tmp_path_factory):
     checkpoints.steps(straight, opt, [2, 3])
     root = Path(__file__).parent.parent
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [*starter, checkpoints.__file__, str(folder)]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from harness import entangled, sentiment
-from harness.config import RECIPES, parse
-from harness.entangled import Course, Runs
-from harness.methods import METHODS, check_loss_args
-from harness.sentiment import HELD_OUT, OTHER, STYLES, Sentiment, generated, load, pretrained, score, write_pairs
-from harness.studies import entanglement
 from ogdopt.projection import orthogonal
+from ogdopt_harness.config.schema import RECIPES, parse
+from ogdopt_harness.studies import entanglement, entanglement_lab, sentiment_lab
+from ogdopt_harness.studies.entanglement_lab import Course, Runs
+from ogdopt_harness.studies.sentiment_lab import (
+    HELD_OUT,
+    OTHER,
+    STYLES,
+    Sentiment,
+    generated,
+    load,
+    pretrained,
+    score,
+    write_pairs,
+)
+from ogdopt_harness.training.methods import METHODS, check_loss_args
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def data():
 def runs(data):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"STEPS": 4, "WALK": 3, "MEASURED": 2, "PROBED": 2, "BATCH": 8}.items():
-            patch.setattr(entangled, name, value)
+            patch.setattr(entanglement_lab, name, value)
         patch.setattr(Runs, "known", lambda self, model: [0.5, 1.0])  # so short a pretraining teaches nothing to be forgotten
         yield Runs(pretrained(data, steps=12, batch=24), data, 0)
 
@@ -55,7 +64,7 @@ def test_neutral_tweets_are_left_out_and_files_are_named(tmp_path):
     rows = [{"text": f"t{k}", "label_text": ("positive", "neutral", "negative")[k % 3]} for k in range(12_000)]
 
     def write(part):
-        with gzip.open(tmp_path / sentiment.FILE, "wt") as file:
+        with gzip.open(tmp_path / sentiment_lab.FILE, "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in part))
 
     write(rows)
@@ -77,7 +86,7 @@ def test_rows_for_the_recipe(tmp_path):
 
 
 def test_every_step_of_a_walk_has_the_same_length(runs):
-    before = torch.cat([p.flatten() for p in runs.starts[entangled.LOSS_STYLE].parameters()])
+    before = torch.cat([p.flatten() for p in runs.starts[entanglement_lab.LOSS_STYLE].parameters()])
     seen = []
 
     def gradient(model, pairs, rows):
@@ -86,14 +95,14 @@ def test_every_step_of_a_walk_has_the_same_length(runs):
 
     found = runs.walk(gradient)
     steps = [(y - x).norm().item() for x, y in pairwise(seen)]
-    assert torch.equal(seen[0], before) and steps == pytest.approx([entangled.LENGTH] * 2, rel=1e-3)
+    assert torch.equal(seen[0], before) and steps == pytest.approx([entanglement_lab.LENGTH] * 2, rel=1e-3)
     assert all(a > 0 for a, _ in found.batches) and len(found.batches) == 3
 
 
 @pytest.mark.parametrize("name", entanglement.NAMES)
 def test_conditions_tell_the_directions_of_small_steps(name, runs, monkeypatch):
     """In steps a hundred times smaller, what Condition 2 says of a batch comes true in all but knife-edge cases."""
-    monkeypatch.setattr(entangled, "LENGTH", 1e-3)
+    monkeypatch.setattr(entanglement_lab, "LENGTH", 1e-3)
     found = runs.of_loss(name)
     assert sum(found.told) >= 2 and all(p == o for (p, o), told in zip(found.cases, found.told) if told)
 

@@ -16,9 +16,9 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from benchmarks import soak
-from harness import ranks
-from harness.checkpoints import found
-from harness.guard import locked, same_files, same_rows
+from ogdopt_harness.common import ranks
+from ogdopt_harness.pipeline.guard import locked, same_files, same_rows
+from ogdopt_harness.training.checkpoints import found
 
 KILLED = soak.ROOT / "tests" / "workers" / "faults.py"
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import yaml
 
-from harness.gaps import TITLE, drawn, joint_runs, numbers
-from harness.report import write_report
-from harness.runs import read_study
+from ogdopt_harness.analysis.study_reader import read_study
+from ogdopt_harness.reporting.joint import TITLE, drawn, joint_runs, numbers
+from ogdopt_harness.reporting.page import write_report
 from tests.test_report import QUICK, RUNS, cells, value, write_study
 
 OPTIMA = {0: {"preference": 0.10, "sft": 1.00}, 1: {"preference": 0.20, "sft": 1.50}}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import generate
-from harness.answer_files import FORMATS, key_of, marks, read_answers, read_prompts
-from harness.journal import Journal
+from ogdopt_harness.commands import generate
+from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.evaluation.answer_files import FORMATS, key_of, marks, read_answers, read_prompts
 from tests.hub import write_rows
 from tests.test_lm_evals import NEW, chat_ids, export, tiny_model, word_tokenizer
 
@@ -161,7 +161,7 @@ def test_two_processes_answer_as_one_does(model, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += [str(ROOT / "harness" / "run.py"), "generate", str(model[0]), prompts, "--format=arena_hard", "--name=ours"]
     words += ["--output_dir=two", "--max_new_tokens=6", "--batch_size=3", "--token_counter=model", "--device=cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert ended.stdout.count("Written:") == 1 and len(list((tmp_path / "two").glob("answers.jsonl*"))) == 2

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.config import Config, JointConfig, PreferenceConfig
-from harness.data import Preferences, collate, order
-from harness.jobs import Job
-from harness.meter import Meter
-from harness.methods import runs
-from harness.model import completion_logps, prepare
-from harness.stages import SeedStudy
-from harness.train import Trainer, train
 from ogdopt.losses import Pairs, dpo
+from ogdopt_harness.config.schema import Config, JointConfig, PreferenceConfig
+from ogdopt_harness.data.examples import Preferences, collate, order
+from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.meter import Meter
+from ogdopt_harness.training.methods import runs
+from ogdopt_harness.training.trainer import Trainer, train
 from tests import small
 from tests.test_train import JOINT, job, lines, run
 

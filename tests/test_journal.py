@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.journal import Journal
+from ogdopt_harness.common.journal import Journal
 
 TEXTS = st.text(max_size=8)
 

@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("openai")
 
-from harness import endpoint
-from harness.endpoint import Endpoint, Prices, SpentError
-from harness.journal import Journal
-from harness.judge import JudgeConfig, judge, main, verdict_of
-from harness.winrate import length_controlled, win_rate
+from ogdopt_harness.analysis.winrate import length_controlled, win_rate
+from ogdopt_harness.commands.judge import JudgeConfig, judge, main, verdict_of
+from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.evaluation import endpoint
+from ogdopt_harness.evaluation.endpoint import Endpoint, Prices, SpentError
 from tests.hub import write_rows
 from tests.stub_server import serving
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import soak
 
-FOLDER = soak.ROOT / "harness" / "recipes" / "launch"
+FOLDER = soak.ROOT / "harness" / "ogdopt_harness" / "recipes" / "launch"
 STUBS = {
     "scontrol": 'test "$*" = "show hostnames node-[1-2]" && printf "localhost\\nnode-2\\n"',
     "srun": 'test "$1" = --kill-on-bad-exit=1; shift; "$@" & one=$!; "$@" & wait $one; wait $!',

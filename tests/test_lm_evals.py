@@ -11,14 +11,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from harness.config import EvalConfig, TaskConfig
-from harness.data import Encoder
-from harness.eval_model import EvalLM, fold_system
-from harness.items import item_of, names_answer, read_items
-from harness.lm_evals import answers, evaluate, official_answers
-from harness.official import official_tasks, task_manager
-from harness.rows import Row
-from harness.runs import Evaluation
+from ogdopt_harness.analysis.study_reader import Evaluation
+from ogdopt_harness.config.schema import EvalConfig, TaskConfig
+from ogdopt_harness.data.examples import Encoder
+from ogdopt_harness.data.rows import Row
+from ogdopt_harness.evaluation.items import item_of, names_answer, read_items
+from ogdopt_harness.evaluation.lm import EvalLM, fold_system
+from ogdopt_harness.evaluation.official import official_tasks, task_manager
+from ogdopt_harness.evaluation.suite import answers, evaluate, official_answers
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "hub_format"
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]

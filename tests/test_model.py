@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.config import ModelConfig
-from harness.data import collate
-from harness.model import (
+from ogdopt_harness.config.schema import ModelConfig
+from ogdopt_harness.data.examples import collate
+from ogdopt_harness.modeling.model import (
     build_model,
     check_attention,
     completion_logps,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import compare
-from harness.config import RECIPES, EvalConfig, TaskConfig, parse
-from harness.eval_model import EvalLM
-from harness.lm_evals import evaluate
-from harness.official import OFFICIAL, official_tasks
-from harness.runs import Evaluation
+from ogdopt_harness.analysis.study_reader import Evaluation
+from ogdopt_harness.commands import tax
+from ogdopt_harness.config.schema import RECIPES, EvalConfig, TaskConfig, parse
+from ogdopt_harness.evaluation.lm import EvalLM
+from ogdopt_harness.evaluation.official import OFFICIAL, official_tasks
+from ogdopt_harness.evaluation.suite import evaluate
 from tests.hub import BENCHMARKS, EIGHT, lay_out_eight, rows_of, write_rows
 from tests.test_lm_evals import NEW, bpe_tokenizer, chat_ids, expected, export, tiny_model, toy_rows
 
@@ -189,10 +189,10 @@ def test_two_processes_answer_as_one_does(toy):
     options = ["--evals.tasks", json.dumps(tasks), "--evals.lm_eval_tasks", "[]", "--evals.batch_size=2", "--device=cpu"]
     options += ["--evals.max_new_tokens=4", "--report.samples=200"]
     models = [str(folder / "model"), str(folder / "tuned")]
-    compare.main([*models, *options, "--study.output_dir", str(folder / "one")])
+    tax.main([*models, *options, "--study.output_dir", str(folder / "one")])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "harness/run.py")]
     words += ["tax", *models, *options, "--study.output_dir", str(folder / "two")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert "tuned has a TAX of" in ended.stdout and ended.stdout.count("Written:") == 1

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from harness import on_policy
-from harness.config import DataConfig
-from harness.data import load_preferences
-from harness.on_policy import PairsConfig, make_pairs
+from ogdopt_harness.commands import pairs
+from ogdopt_harness.commands.pairs import PairsConfig, make_pairs
+from ogdopt_harness.config.schema import DataConfig
+from ogdopt_harness.data.examples import load_preferences
 from tests.test_lm_evals import NEW, export, tiny_model, word_tokenizer
 
 ROWS = [
@@ -56,12 +56,12 @@ def test_scenarios(scenario, models, rows, tmp_path):
     one, other = models
     chosen, rejected = {"1": (one, one), "2": ("row", one), "3": (one, "row"), "two models": (one, other)}[scenario]
     setting = config(tmp_path, chosen, rejected)
-    pairs = made(rows, setting)
-    score = on_policy.scorer(setting.score, [])
-    files = {m: on_policy.samples_file(setting, m) for m in {chosen, rejected} - {"row"}}
+    found = made(rows, setting)
+    score = pairs.scorer(setting.score, [])
+    files = {m: pairs.samples_file(setting, m) for m in {chosen, rejected} - {"row"}}
     samples = {m: {row["prompt"]: row["answers"] for row in read(file)} for m, file in files.items()}
-    assert pairs
-    for pair in pairs:
+    assert found
+    for pair in found:
         row = next(r for r in ROWS if r["prompt"] == pair["prompt"])
         for side, source, best in (("chosen", chosen, max), ("rejected", rejected, min)):
             assert pair[f"source_{side}"] == source
@@ -72,7 +72,7 @@ def test_scenarios(scenario, models, rows, tmp_path):
                 assert len(samples[source][pair["prompt"]]) == 6 and pair[side] in drawn
                 assert pair[f"score_{side}"] == score(None, pair[side]) == best(score(None, text) for text in drawn)
     if scenario == "1":
-        assert all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+        assert all(pair["score_chosen"] > pair["score_rejected"] for pair in found)
 
 
 def test_what_is_written_can_be_trained_on(models, rows, tmp_path):
@@ -86,7 +86,7 @@ def test_samples_do_not_depend_on_interruptions_or_neighbours(models, rows, tmp_
     other = tmp_path / "again"
     other.mkdir()
     setting = config(other, models[0], models[0])
-    add, calls = on_policy.Journal.add, []
+    add, calls = pairs.Journal.add, []
 
     def dies(self, found):
         if len(calls) == 2:
@@ -95,29 +95,29 @@ def test_samples_do_not_depend_on_interruptions_or_neighbours(models, rows, tmp_
         add(self, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(on_policy.Journal, "add", dies)
+        patch.setattr(pairs.Journal, "add", dies)
         with pytest.raises(KeyboardInterrupt):
             make_pairs(rows, setting)
-    assert len(read(on_policy.samples_file(setting, models[0]))) == 2
+    assert len(read(pairs.samples_file(setting, models[0]))) == 2
     assert made(rows, setting) == whole
     with pytest.raises(ValueError, match=r"made with other settings: temperature was 1\.0 and is 0\.5"):
         make_pairs(rows, config(other, models[0], models[0], temperature=0.5))
 
 
 def test_answers_and_scores_from_elsewhere(models, rows, tmp_path):
-    pairs = made(rows, config(tmp_path, models[0], models[0]))
+    found = made(rows, config(tmp_path, models[0], models[0]))
     setting = config(tmp_path, models[0], models[0], score="answer")
-    score = on_policy.scorer("answer", [])
-    ask = on_policy.read_asks(rows, setting)[0]
+    score = pairs.scorer("answer", [])
+    ask = pairs.read_asks(rows, setting)[0]
     assert [score(ask, text) for text in ("in Oslo .", "in osloer", "rome")] == [1.0, 0.0, 0.0]
     lines = [
         {"prompt": row["prompt"], "answer": text, "score": k}
-        for row in read(on_policy.samples_file(setting, models[0]))
+        for row in read(pairs.samples_file(setting, models[0]))
         for k, text in enumerate(dict.fromkeys(row["answers"]))
     ]
     file = write(tmp_path / "scores.jsonl", lines)
     judged = made(rows, config(tmp_path, models[0], models[0], score=f"scores:{file}"))
-    assert judged != pairs and all(pair["score_rejected"] < pair["score_chosen"] for pair in judged)
+    assert judged != found and all(pair["score_rejected"] < pair["score_chosen"] for pair in judged)
     write(tmp_path / "scores.jsonl", lines[1:])
     with pytest.raises(ValueError, match=r"scores\.jsonl has no line for the answer"):
         make_pairs(rows, config(tmp_path, models[0], models[0], score=f"scores:{file}"))

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from harness import progress
-from harness.progress import Bar, Speed
+from ogdopt_harness.training import progress
+from ogdopt_harness.training.progress import Bar, Speed
 
 
 class Screen(io.StringIO):

@@ -8,9 +8,9 @@ import signal
 import pytest
 import torch
 
-from harness import progress
-from harness.batches import deal, slots
-from harness.ranks import Ranks
+from ogdopt_harness.common.ranks import Ranks
+from ogdopt_harness.data.batches import deal, slots
+from ogdopt_harness.training import progress
 from tests import small
 from tests.test_distributed import ROOT, launch, once
 from tests.workers import training

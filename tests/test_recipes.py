@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from harness.adapters import trained_parts
-from harness.config import RECIPES, LoraConfig, ModelConfig, parse
-from harness.data import load_preferences
-from harness.memory import trained_parameters
-from harness.model import architecture, load_tokenizer, train_tokenizer
-from harness.stages import located
+from ogdopt_harness.config.schema import RECIPES, LoraConfig, ModelConfig, parse
+from ogdopt_harness.data.examples import load_preferences
+from ogdopt_harness.modeling.adapters import trained_parts
+from ogdopt_harness.modeling.memory import trained_parameters
+from ogdopt_harness.modeling.model import architecture, load_tokenizer, train_tokenizer
+from ogdopt_harness.pipeline.stages import located
 from tests import small
 
 PERSONA = sorted(path.stem for path in RECIPES.glob("persona_*.yaml"))
@@ -91,8 +91,8 @@ def test_train_only_freezes_the_rest(tmp_path):
 
 
 def test_only_what_is_named_moves_in_training(tmp_path):
-    from harness.model import prepare
-    from harness.train import Trainer
+    from ogdopt_harness.modeling.model import prepare
+    from ogdopt_harness.training.trainer import Trainer
     from tests.test_train import job
 
     tok = small.tokenizer(tmp_path)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config import LoraConfig
-from harness.data import collate
-from harness.methods import METHODS
-from harness.model import prepare
-from harness.reward import RewardTrainer, load_reward_model
-from harness.watching import STEADY
 from ogdopt.diagnostics import weights
 from ogdopt.losses import LOSSES, Completion, Pairs, bradley_terry
+from ogdopt_harness.config.schema import LoraConfig
+from ogdopt_harness.data.examples import collate
+from ogdopt_harness.modeling.model import prepare
+from ogdopt_harness.reporting.stability import STEADY
+from ogdopt_harness.training.methods import METHODS
+from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
 from tests import small
 from tests.test_report import QUICK, write_report, write_study
 from tests.test_train import job, lines

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config import DataConfig
-from harness.rows import Problem, Row, as_messages, rows
+from ogdopt_harness.config.schema import DataConfig
+from ogdopt_harness.data.rows import Problem, Row, as_messages, rows
 
 USER = {"role": "user", "content": "Name a metal."}
 IRON = {"role": "assistant", "content": "Iron."}

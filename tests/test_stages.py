@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from harness import stages
-from harness.config import RECIPES, Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict, parse
-from harness.methods import runs
-from harness.stages import differences, located, record
+from ogdopt_harness.config.schema import RECIPES, Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict, parse
+from ogdopt_harness.pipeline import stages
+from ogdopt_harness.pipeline.stages import differences, located, record
+from ogdopt_harness.training.methods import runs
 
 
 def test_placeholders_and_seeds_of_one_seed():
@@ -119,3 +119,23 @@ def test_accumulation_is_derived():
 def test_a_configuration_survives_yaml():
     config = parse([])
     assert yaml.safe_load(yaml.safe_dump(as_dict(config))) == as_dict(config)
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--config", "tradeoff"]) == parse([f"--config={RECIPES / 'tradeoff.yaml'}"]) == parse(["--config=tradeoff"])
+    (tmp_path / "mine.yaml").write_text("study: {name: mine}")
+    assert parse(["--config", "mine.yaml"]).study.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("harness/recipes/tradeoff.yaml", "expected the recipe's name alone: --config tradeoff\n"),
+        ("trade", "expected a YAML file or one of the recipes gpt2_sentiment, "),
+    ],
+)
+def test_a_recipe_that_is_not_there(word, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--config", word])
+    assert f"--config {word}: no such file; {message}" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from harness import claims, study
-from harness.claims import Claim, Findings, Picture
-from harness.tables import Table
+from ogdopt_harness.analysis import claims
+from ogdopt_harness.analysis.claims import Claim, Findings, Picture
+from ogdopt_harness.commands import study
+from ogdopt_harness.common.tables import Table
 from tests.test_report import QUICK, write_report, write_study
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,7 @@ def run(*words):
         (["study"], "the study's name is missing; expected one of"),
         (["study", "tradeoff", "--seeds", "1,1"], "seeds is [1, 1]; expected different non-negative integers"),
         (["study", "tradeoff", "--sed", "1"], "--sed"),
-        (["studdy"], "there is no command 'studdy'; expected one of study"),
+        (["studdy"], "there is no command 'studdy'; expected one of run, study"),
     ],
 )
 def test_mistakes_get_one_message(words, message):

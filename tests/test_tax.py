@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.runs import Answers, Evaluation
-from harness.tax import combine, compare, difference, reduction, tax, unanswered, wilson
+from ogdopt_harness.analysis.study_reader import Answers, Evaluation
+from ogdopt_harness.analysis.tax import combine, compare, difference, reduction, tax, unanswered, wilson
 
 
 def evaluation(file="reference.json", *, chance=0.25, strata=None, way="direct", hashes="q", **tasks):
@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_numbers():
 def test_blocks_of_draws_change_nothing(monkeypatch):
     a, b = noisy_pair(np.random.default_rng(7))
     whole = compare(a, {"m": b}, samples=300)["m"].draws
-    monkeypatch.setattr("harness.tax.BLOCK", 64)
+    monkeypatch.setattr("ogdopt_harness.analysis.tax.BLOCK", 64)
     blocks = compare(a, {"m": b}, samples=300)["m"].draws
     assert blocks.std() == pytest.approx(whole.std(), rel=0.3)
     assert len(blocks) == 300

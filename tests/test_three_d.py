@@ -10,19 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import claims
-from harness.config import Config
-from harness.data import collate
-from harness.measures import unseen_mass
-from harness.model import completion_logps, prepare
-from harness.stages import SeedStudy
-from harness.studies import three_d
-from harness.studies.three_d import REMEDIES, SCENARIOS, A, at, drawn, fresh, log_probabilities, start, tune
-from harness.train import Trainer
-from harness.watching import TITLE
 from ogdopt import ProjectedGradient
 from ogdopt.losses import LOSSES, Completion, Pairs
 from ogdopt.three_d import ThreeD, Thresholds, replay
+from ogdopt_harness.analysis import claims
+from ogdopt_harness.config.schema import Config
+from ogdopt_harness.data.examples import collate
+from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.reporting.stability import TITLE
+from ogdopt_harness.studies import three_d
+from ogdopt_harness.studies.three_d import REMEDIES, SCENARIOS, A, at, drawn, fresh, log_probabilities, start, tune
+from ogdopt_harness.training.measures import unseen_mass
+from ogdopt_harness.training.trainer import Trainer
 from tests import small
 from tests.test_report import QUICK, write_report, write_study
 from tests.test_train import job, lines

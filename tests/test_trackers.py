@@ -8,13 +8,13 @@ import torch
 from accelerate import tracking
 from accelerate.utils import is_tensorboard_available
 
-from harness import trackers
-from harness.config import Config
-from harness.model import prepare
-from harness.progress import Stopped
-from harness.stages import SeedStudy
-from harness.trackers import Trackers, chosen
-from harness.train import Trainer
+from ogdopt_harness.config.schema import Config
+from ogdopt_harness.modeling.model import prepare
+from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.training import trackers
+from ogdopt_harness.training.progress import Stopped
+from ogdopt_harness.training.trackers import Trackers, chosen
+from ogdopt_harness.training.trainer import Trainer
 from tests import small
 from tests.test_train import job, lines
 

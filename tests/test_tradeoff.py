@@ -13,9 +13,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.studies import tradeoff
-from harness.studies.tradeoff import DPO, LAMBDAS, LINE, LINE_START, SFT, Logistic, best, gaps, mixed, plane, trajectories
 from ogdopt import MaxGapObjective, SequentialObjective
+from ogdopt_harness.studies import tradeoff
+from ogdopt_harness.studies.tradeoff import (
+    DPO,
+    LAMBDAS,
+    LINE,
+    LINE_START,
+    SFT,
+    Logistic,
+    best,
+    gaps,
+    mixed,
+    plane,
+    trajectories,
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,14 +9,14 @@ import signal
 import pytest
 import torch
 
-from harness.data import Preferences, collate
-from harness.jobs import Job, Plan
-from harness.joint import Joint
-from harness.methods import METHODS, runs
-from harness.model import completion_logps, prepare
-from harness.progress import Stopped
-from harness.train import Trainer, train
 from ogdopt.losses import LOSSES, Pairs
+from ogdopt_harness.data.examples import Preferences, collate
+from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.training.job import Job, Plan
+from ogdopt_harness.training.joint import Joint
+from ogdopt_harness.training.methods import METHODS, runs
+from ogdopt_harness.training.progress import Stopped
+from ogdopt_harness.training.trainer import Trainer, train
 from tests import small
 from tests.gradients import reference
 
@@ -59,7 +59,7 @@ def test_padding_and_speed_are_those_of_the_step(tok, tmp_path, monkeypatch):
     for side in ([rows.winners[i] for i in winners], [rows.losers[i] for i in losers]):
         lengths = sorted((len(e.prompt_ids) + len(e.completion_ids) for e in side), reverse=True)
         tokens, places = tokens + sum(lengths), places + 2 * (lengths[0] + lengths[2])
-    monkeypatch.setattr("harness.progress.Speed.seconds_a_step", lambda self: 0.5)
+    monkeypatch.setattr("ogdopt_harness.training.progress.Speed.seconds_a_step", lambda self: 0.5)
     line = small.line(trainer, trainer._step(0))
     assert 0 < line["padding"] == pytest.approx(1 - tokens / places) and line["tokens_per_second"] == tokens / 0.5
 

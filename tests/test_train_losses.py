@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from harness.config import LoraConfig, SparseConfig, parse
-from harness.data import Example, Preferences, collate, mismatched
-from harness.figures import layers
-from harness.jobs import Job
-from harness.methods import METHODS, check_loss_args
-from harness.model import completion_logps, prepare
-from harness.train import Trainer, train
 from ogdopt.diagnostics import entanglement, weights
 from ogdopt.gram import gram
 from ogdopt.losses import LOSSES, Pairs, dpo, kto_unpaired, simpo, sparse
+from ogdopt_harness.config.schema import LoraConfig, SparseConfig, parse
+from ogdopt_harness.data.examples import Example, Preferences, collate, mismatched
+from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.reporting.figures import layers
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.methods import METHODS, check_loss_args
+from ogdopt_harness.training.trainer import Trainer, train
 from tests import small
 
 CPU = torch.device("cpu")

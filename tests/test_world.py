@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from harness.config import WorldConfig
-from harness.lexicon import FEELINGS, KINDS, SLOTS, TOOLS
-from harness.world import (
+from ogdopt_harness.config.schema import WorldConfig
+from ogdopt_harness.data.lexicon import FEELINGS, KINDS, SLOTS, TOOLS
+from ogdopt_harness.data.world import (
     CLOSERS,
     OPENERS,
     PAIR_MIX,
@@ -92,7 +92,7 @@ def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(path: Path, value: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("harness.world._write_json", fail)
+    monkeypatch.setattr("ogdopt_harness.data.world._write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         make_world(CONFIG, tmp_path / "data")
     assert list(tmp_path.iterdir()) == []

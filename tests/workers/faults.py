@@ -5,12 +5,9 @@ That is between its tensors and what vouches for them; started again by the laun
 
 import os
 import signal
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from harness import checkpoints, run
+from ogdopt_harness import cli
+from ogdopt_harness.training import checkpoints
 
 
 def kill_in_save():
@@ -31,6 +28,6 @@ def kill_in_save():
 if __name__ == "__main__":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         kill_in_save()
-    status = run.main()
+    status = cli.answer()
     print(f"this process ends with {status}", flush=True)
     os._exit(status)

@@ -19,16 +19,16 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 
-from harness.adapters import bare
-from harness.config import LoraConfig, SparseConfig
-from harness.jobs import Job
-from harness.methods import METHODS
-from harness.model import build_model, export, load_model, prepare
-from harness.outlines import outlined
-from harness.progress import Signals, Stopped, Taken
-from harness.ranks import ALONE, FailedElsewhere, join
-from harness.reward import RewardTrainer, load_reward_model
-from harness.train import Trainer
+from ogdopt_harness.common.ranks import ALONE, FailedElsewhere, join
+from ogdopt_harness.config.schema import LoraConfig, SparseConfig
+from ogdopt_harness.modeling.adapters import bare
+from ogdopt_harness.modeling.broadcast import outlined
+from ogdopt_harness.modeling.model import build_model, export, load_model, prepare
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.methods import METHODS
+from ogdopt_harness.training.progress import Signals, Stopped, Taken
+from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
+from ogdopt_harness.training.trainer import Trainer
 from tests import small
 from tests.test_train import job
 from tests.workers.two_gradients import Watch

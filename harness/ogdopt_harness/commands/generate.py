@@ -1,0 +1,243 @@
+"""Greedy answers of a model to a benchmark's prompts: `run.py generate MODEL PROMPTS --format FORMAT --output_dir DIR`.
+
+Answers are kept in `DIR/answers.jsonl` as they come, longest prompts first; the same command goes on from there, and at the end
+writes the file that the benchmark's own judge reads (`evaluation/answer_files.py`). vLLM is used where it is installed and
+there is a GPU, otherwise transformers; under torchrun each process then answers a share of the batches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ogdopt_harness.analysis.study_reader import short_name
+from ogdopt_harness.common import ranks
+from ogdopt_harness.common.files import write_text
+from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
+from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, identity, load_words, pretrained
+from ogdopt_harness.pipeline.stages import device_name, record
+
+TOO_LONG = 0.05  # share of answers that were cut off, above which a warning is due
+BLOCK = 256  # prompts that vLLM is given at once
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What is asked of whom, and where the answers go."""
+
+    output_dir: str
+    """Folder of answers.jsonl and of the benchmark's file."""
+    format: Literal["arena_hard", "arena_hard_2024", "wildbench", "alpaca_eval", "prompts"] = "prompts"
+    name: str | None = None
+    """The model's name in the benchmark's files; null: the last folders of its path."""
+    max_new_tokens: int = 4096
+    """Longest answer in tokens; less where the model cannot read that many after the prompt."""
+    batch_size: int = 16
+    backend: Literal["auto", "vllm", "transformers"] = "auto"
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer with its chat template; null: the model's own."""
+    token_counter: Literal["tiktoken", "model"] = "tiktoken"
+    """Who counts the tokens of an answer that Arena-Hard's style control goes by: tiktoken, as its own scripts, or the model's
+    tokenizer."""
+    split: str = "test"
+    """Split of a hub data set of prompts."""
+    limit: int | None = None
+    """Only the first so many prompts."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.max_new_tokens, self.batch_size, self.limit or 1) < 1:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}, limit {self.limit}; expected 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the model sees it: its token ids, and how many tokens its answer may have."""
+
+    prompt: Prompt
+    text: str
+    ids: list[int]
+    new_tokens: int
+
+
+def main(words: Sequence[str]) -> None:
+    """Answer all prompts and write the benchmark's file."""
+    parser = jsonargparse.ArgumentParser(prog="run.py generate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="Hugging Face folder or hub id")
+    parser.add_argument("prompts", help="JSONL, JSON or Parquet file of prompts, or a hub id")
+    parser.add_class_arguments(GenerateConfig)
+    given = parser.parse_args(list(words))
+    options = {name: value for name, value in given.as_dict().items() if name in GenerateConfig.__dataclass_fields__}
+    with ranks.joined():
+        generate(given.model, given.prompts, GenerateConfig(**options))
+
+
+def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
+    """Answer all prompts; the path of the benchmark's file, or of answers.jsonl.
+
+    Raises ValueError for prompts, models and options that cannot be used, for a prompt longer than the model reads, and for a
+    folder whose answers were made otherwise.
+    """
+    asked = read_prompts(prompts, config.format, config.split)[: config.limit]
+    directory, name = Path(config.output_dir), config.name or short_name(Path(model)).replace("/", "-")
+    backend = _backend(config)
+    tokenizer = Path(config.tokenizer) if config.tokenizer else None
+    words = load_words(Path(model), tokenizer, apply_chat_template=True)
+    about = pretrained(AutoConfig, Path(model))
+    count = token_counter(config.format, config.token_counter, words)
+    if ranks.rank() == 0:
+        kept = {
+            k: v for k, v in asdict(config).items() if k not in ("output_dir", "limit", "batch_size", "token_counter", "name")
+        }
+        settings = {"model": model, "weights": identity(Path(model), about), "prompts": prompts, **kept, "backend": backend}
+        record(directory, settings, {"name": name, "kind": "answers", "method": "greedy"})
+    ranks.barrier()
+    longest = int(getattr(about, "max_position_embeddings", 0) or sys.maxsize)
+    work = [_templated(prompt, words, longest, config.max_new_tokens) for prompt in asked]
+    journal = Journal(directory / "answers.jsonl", rank=ranks.rank())
+    for prompt in asked:
+        if prompt.id in journal and journal[prompt.id]["messages"] != prompt.messages:
+            raise ValueError(
+                f"{directory / 'answers.jsonl'} answers another prompt of the id {prompt.id!r} than {prompts} has now; choose "
+                "another --output_dir, or take that line out"
+            )
+    if backend == "vllm":
+        _answer(work, journal, BLOCK, _vllm(model, config), words)
+    else:
+        loaded = pretrained(AutoModelForCausalLM, Path(model), dtype="auto").to(device_name(config.device)).eval()
+        _answer(work, journal, config.batch_size, _transformers(loaded, words), words)
+    answers = ranks.merged(dict(journal))
+    file = directory / "answers.jsonl"
+    if ranks.rank() == 0:
+        file = _write(directory, name, asked, answers, config, count) or file
+        _say(asked, answers, file, config)
+    ranks.barrier()
+    return file
+
+
+def _backend(config: GenerateConfig) -> str:
+    if config.backend != "auto":
+        if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("backend is 'vllm', which is not installed; pip install vllm, or take transformers")
+        if config.backend == "vllm" and ranks.size() > 1:
+            raise ValueError("vLLM spreads its work over GPUs itself; start it with python instead of torchrun")
+        return config.backend
+    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() and ranks.size() == 1
+    return "vllm" if usable else "transformers"
+
+
+def _templated(prompt: Prompt, tokenizer: Any, longest: int, most: int) -> Asked:
+    text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
+    if len(ids) >= longest:
+        raise ValueError(
+            f"the prompt {prompt.id!r} has {len(ids)} tokens, but the model reads {longest}; take it out of the prompts, or "
+            "another model"
+        )
+    return Asked(prompt, text, ids, min(most, longest - len(ids)))
+
+
+def _answer(
+    work: Sequence[Asked],
+    journal: Journal,
+    size: int,
+    backend: Callable[[Sequence[Asked]], list[tuple[list[int], str]]],
+    tokenizer: Any,
+) -> None:
+    """Answer what the journal lacks, longest prompts first, so that what does not fit in memory fails at once."""
+    order = sorted(work, key=lambda asked: (-len(asked.ids), asked.ids))
+    pieces = [order[start : start + size] for start in range(0, len(order), size)][ranks.rank() :: ranks.size()]
+    bar = tqdm(total=sum(map(len, pieces)), desc="answering", disable=ranks.rank() > 0 or not sys.stderr.isatty())
+    with bar:
+        for piece in pieces:
+            # A batch is answered whole or not at all: an answer may depend on its neighbours in the last bits.
+            if not all(asked.prompt.id in journal for asked in piece):
+                found = backend(piece)
+                texts = decoded(tokenizer, [ids for ids, _ in found])
+                journal.add(
+                    {
+                        "id": asked.prompt.id,
+                        "messages": asked.prompt.messages,
+                        "output": text.strip(),
+                        "finish_reason": reason,
+                        "n_tokens": len(ids),
+                        "model_input": asked.text,
+                    }
+                    for asked, (ids, reason), text in zip(piece, found, texts, strict=True)
+                )
+            bar.update(len(piece))
+
+
+def _transformers(model: Any, tokenizer: Any) -> Callable[[Sequence[Asked]], list[tuple[list[int], str]]]:
+    def run(piece: Sequence[Asked]) -> list[tuple[list[int], str]]:
+        replies = greedy(model, tokenizer, [asked.ids for asked in piece], max(asked.new_tokens for asked in piece))
+        cut = [reply[: asked.new_tokens] for reply, asked in zip(replies, piece, strict=True)]
+        ends = ends_of(model, tokenizer)
+        return [(reply, "stop" if reply and reply[-1] in ends else "length") for reply in cut]
+
+    return run
+
+
+def _vllm(model: str, config: GenerateConfig) -> Callable[[Sequence[Asked]], list[tuple[list[int], str]]]:
+    vllm: Any = importlib.import_module("vllm")  # here: it takes its time, and most machines do not have it
+
+    engine = vllm.LLM(model=model, tokenizer=config.tokenizer or model, tensor_parallel_size=max(1, torch.cuda.device_count()))
+
+    def run(piece: Sequence[Asked]) -> list[tuple[list[int], str]]:
+        limits = [vllm.SamplingParams(temperature=0.0, max_tokens=asked.new_tokens) for asked in piece]
+        found = engine.generate([{"prompt_token_ids": asked.ids} for asked in piece], limits)
+        return [(list(one.outputs[0].token_ids), one.outputs[0].finish_reason) for one in found]
+
+    return run
+
+
+def _write(
+    directory: Path,
+    name: str,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, dict[str, Any]],
+    config: GenerateConfig,
+    count: Callable[[str], int],
+) -> Path | None:
+    """The benchmark's file, in the order of its prompts; None where it has none."""
+    format = FORMATS[config.format]
+    if format.answers is None:
+        return None
+    configs = {"engine": name, "repetition_penalty": 1.0, "temperature": 0.0, "top_p": 1.0, "max_tokens": config.max_new_tokens}
+    tokens = [count(answers[prompt.id]["output"]) for prompt in prompts]
+    rows = format.answers(prompts, answers, tokens, name, configs)
+    file = directory / config.format / f"{name}{format.suffix}"
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(file, "".join(lines) if format.suffix == ".jsonl" else json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+    return file
+
+
+def _say(prompts: Sequence[Prompt], answers: Mapping[str, dict[str, Any]], file: Path, config: GenerateConfig) -> None:
+    for line in _summary(prompts, answers, config):
+        print(line)
+    print(f"Written: {file}")
+
+
+def _summary(prompts: Sequence[Prompt], answers: Mapping[str, dict[str, Any]], config: GenerateConfig) -> Iterator[str]:
+    rows = [answers[prompt.id] for prompt in prompts]
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    yield f"{len(rows)} answers, {sum(row['n_tokens'] for row in rows) / len(rows):.0f} tokens on average"
+    if cut > TOO_LONG * len(rows):
+        yield (
+            f"warning: {cut} of {len(rows)} answers did not end within {config.max_new_tokens} tokens; a model that does not "
+            "stop was trained without its end-of-sequence token, or has come apart: judges see it as verbose"
+        )

@@ -1,0 +1,65 @@
+"""A study from the command line: `ogdopt run [--config RECIPE] [--section.option value ...]`.
+
+World or data -> tokenizer -> supervised stage -> every method from the same start -> evaluation of every epoch -> report.
+Stages meet in the study's directory alone; a finished one is skipped, an interrupted one continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from ogdopt_harness.common.process import FIRST
+from ogdopt_harness.config.schema import Config, command
+
+
+def main(words: Sequence[str]) -> None:
+    """Run what the words ask for, or, with --dry_run, say what it would take."""
+    asked = command(words)
+    if not asked.dry_run:
+        run(asked.config)
+        return
+    from ogdopt_harness.commands.dry_run import dry_run
+
+    if FIRST:
+        dry_run(asked.config, asked.world_size)
+
+
+def run(config: Config) -> None:
+    """All seeds of a study, then its report. Every process of a launcher runs this."""
+    import transformers  # seconds, which other commands need not wait for
+
+    from ogdopt_harness.common.ranks import join, leave
+    from ogdopt_harness.pipeline.guard import locked
+    from ogdopt_harness.pipeline.stages import SeedStudy, device_name, record
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    ranks, device = join(device_name(config.device))
+    ranks.tell(lambda: record(config.study.directory, config))
+    for seed in config.study.seeds:
+        with ExitStack() as stack:  # the first process holds the folder for all
+            ranks.tell(lambda folder=config.study.directory / f"seed-{seed}": stack.enter_context(locked(folder)))
+            study = SeedStudy(config, seed, ranks, device)
+            study.prepare()
+            study.supervised()
+            for spec in study.specs:
+                study.method(spec)
+    ranks.tell(lambda: report(config))
+    leave(ranks)
+
+
+def report(config: Config) -> None:
+    """Tables and figures of what has been evaluated."""
+    from ogdopt_harness.reporting.joint import write_gaps
+    from ogdopt_harness.reporting.page import print_gaps, print_table, write_report
+    from ogdopt_harness.training.methods import METHODS
+
+    if all(METHODS[name].reward for name in config.methods):
+        print(f"no report, since reward models answer no questions; see metrics.jsonl in {config.study.directory}")
+    elif config.evals.tasks or config.evals.lm_eval_tasks:
+        print_table(write_report(config.study.directory, config.report))
+    else:
+        print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
+        if (joint := write_gaps(config.study.directory)) is not None:
+            print_gaps(joint, config.study.directory / "gaps.md")

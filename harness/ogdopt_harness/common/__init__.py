@@ -1,0 +1,1 @@
+"""What every package uses: files, journals, tables, sources of rows, the processes of a run."""

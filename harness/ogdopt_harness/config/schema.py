@@ -1,0 +1,527 @@
+"""Configuration of a study: frozen dataclasses, read from YAML and dotted overrides by jsonargparse.
+
+Dataclass defaults are the paper's recipe (Mistral-7B, appendix A.2 of the OGD paper); the recipes in
+`harness/ogdopt_harness/recipes/` say what differs. Paths may hold `{data}`, which stands for the study's own data folder,
+and `{data_dir}`, for yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
+RECIPES = Path(__file__).parent.parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "miniature.yaml"
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Where a study lives and what it repeats."""
+
+    name: str = "study"
+    """Name of the study: letters, digits, '.', '_' and '-'."""
+    output_dir: str | None = None
+    """Directory of the study; default `runs/<name>`."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One whole study a seed: seed k trains with `sft.seed + k` and `preference.seed + k`, and makes world `world.seed + k`."""
+
+    def __post_init__(self) -> None:
+        if not RUN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"study.name is {self.name!r}; expected 1-128 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"study.seeds is {self.seeds}; expected one or more different non-negative integers, e.g. 0,1,2")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The miniature world: which facts, texts, pairs and benchmarks the generator writes into `{data}`."""
+
+    seed: int = 0
+    people: int = 48
+    """Number of invented people; each has one value for each attribute."""
+    sft_conversations: int = 20_000
+    preference_pairs: int = 1024
+    newcomers: int = 0
+    """Further people, of whom the supervised conversations say nothing: their facts are in a file of their own, to be learned
+    beside the preference."""
+    held_out_pairs: int = 128
+    items: int = 128
+    """Most test items a benchmark family holds."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), trained instead of the weights; peft's names and meanings."""
+
+    r: int = 8
+    """Rank of what is added to a weight."""
+    lora_alpha: float = 16
+    """What is added is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters while a gradient is taken; never in a measurement."""
+    target_modules: list[str] | str = "all-linear"
+    """Ends of the names of the modules that get one, e.g. [q_proj, v_proj]; all-linear: all but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1 or not self.target_modules:
+            raise ValueError(
+                f"model.lora is r {self.r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}, target_modules "
+                f"{self.target_modules}; expected r >= 1, lora_alpha > 0, 0 <= lora_dropout < 1 and at least one target"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: a hub id or Hugging Face folder, or one built here from an architecture."""
+
+    model_name_or_path: str | None = "mistralai/Mistral-7B-v0.3"
+    """Hub id or folder of the model to start from; null builds a fresh one from `architecture`."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
+    tokenizer_name_or_path: str | None = "mistralai/Mistral-7B-Instruct-v0.3"
+    """Hub id or folder of the tokenizer with its chat template; null trains one on the study's own text."""
+    tokenizer_type: Literal["bpe", "word"] = "bpe"
+    """Kind of tokenizer that is trained when `tokenizer_name_or_path` is null."""
+    vocab_size: int = 4096
+    chat_template: str | None = None
+    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored weights; float32 master weights keep updates that bfloat16 would round away."""
+    bf16: bool = True
+    """Compute in bfloat16 under autocast on an accelerator; ignored on a CPU."""
+    attn_implementation: str | None = None
+    """How attention is computed: sdpa, eager, flex_attention, or, with its package, flash_attention_2; null: sdpa."""
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported
+    models hold the sum. A model that is built from `architecture` has its supervised stage without, since it knows nothing
+    yet. null: train the weights."""
+    train_only: list[str] = field(default_factory=list)
+    """Train the parameters alone whose dotted names hold one of these, e.g. [lm_head] (the unembedding) or [layers.31], in both
+    stages but as `lora` says; the others stay as they are. Empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.train_only:
+            raise ValueError(f"model.lora is given, and model.train_only is {self.train_only}; expected one of them")
+
+    def at_stage(self, kind: str) -> ModelConfig:
+        """These settings, without `lora` and `train_only` where a fresh model has its supervised stage (kind "sft")."""
+        fresh = kind == "sft" and self.model_name_or_path is None
+        return dataclasses.replace(self, lora=None, train_only=[]) if fresh else self
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One data set: where its rows are, what its columns are called, what happens to unusable rows."""
+
+    train: list[str] = field(default_factory=list)
+    """Training rows: JSONL files (also .gz), .json, .parquet, folders of these, or hub ids `owner/name[:configuration]`."""
+    eval: list[str] = field(default_factory=list)
+    """The same for held-out rows; empty: no held-out measurements."""
+    train_split: str = "train"
+    eval_split: str = "test"
+    """Splits that are read from hub data sets."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> the name in the files, e.g. {chosen: accepted}; never guessed. `a|b` takes the first that a row has;
+    a mapped `input` (Alpaca) is put below the prompt."""
+    max_length: int = 4096
+    """Longest prompt plus completion, in tokens."""
+    max_prompt_length: int = 2048
+    """Longest prompt, in tokens."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """error: stop before training and name the rows; skip: leave them out, named and counted."""
+    on_long_row: Literal["drop", "truncate", "error"] = "drop"
+    """drop: leave rows over a limit out, counted; truncate: keep the end of the prompt and the start of the completion."""
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one model is trained. The batch is the *effective* one, of one optimizer step; accumulation is derived."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: Literal["RMSprop", "Adam", "AdamW", "SGD"] = "RMSprop"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the torch.optim class."""
+    learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
+    warmup_steps: int = 150
+    """Steps of linear warm-up; used when `warmup_ratio` is null."""
+    warmup_ratio: float | None = None
+    """Share of all steps that warm up linearly."""
+    num_train_epochs: int = 5
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1: all epochs."""
+    train_batch_size: int = 64
+    """Effective batch: examples (pairs) in one optimizer step."""
+    per_device_train_batch_size: int = 64
+    """Most examples in one forward pass of one process; the rest of the batch is accumulated."""
+    per_device_train_tokens: int | None = None
+    """Most tokens in one forward pass of one process, padding included; null: as many as these examples have."""
+    max_grad_norm: float | None = 10.0
+    """Largest L2 norm of the (projected) gradient; null: no clipping."""
+    set_aside: Literal["bfloat16", "int8", "cpu"] | None = None
+    """How the losers' gradient waits for the winners': as it is (null), rounded, or in the host's memory."""
+    fused: bool = False
+    """Projection, clipping and the optimizer's step in two compiled passes over memory; needs a compiler."""
+    update_cosine_steps: int | None = None
+    """Measure `ogd/update_cosine_*` of a method of two gradients every so many steps, which keeps a copy of the parameters
+    meanwhile; null: at the steps that measure held-out pairs (`eval_steps`)."""
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    """Negative log-likelihood of a sequence: sum or mean over its tokens; sequences are averaged in both."""
+    train_on_prompt: bool = False
+    """Loss on every token of the sequence instead of the completion alone."""
+    seed: int = 1
+    eval_steps: int | None = None
+    """Measure held-out pairs every so many steps; null: ten times an epoch. Step 0 and every epoch's end always."""
+    save_steps: int | None = None
+    """Also save a checkpoint every so many steps; every epoch's end always."""
+    export: Literal["all", "last"] = "all"
+    """Which models are written as Hugging Face folders: that of every epoch, or the last alone."""
+    logging_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.train_batch_size % self.per_device_train_batch_size:
+            raise ValueError(
+                f"train_batch_size is {self.train_batch_size}; expected a multiple of per_device_train_batch_size "
+                f"({self.per_device_train_batch_size})"
+            )
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.train_batch_size // self.per_device_train_batch_size
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
+
+
+def sft_defaults() -> StageConfig:
+    """The paper's supervised stage (appendix A.2)."""
+    return StageConfig(
+        optimizer="Adam",
+        learning_rate=5e-6,
+        warmup_ratio=0.1,
+        num_train_epochs=1,
+        train_batch_size=256,
+        per_device_train_batch_size=64,
+        train_on_prompt=True,
+        seed=0,
+    )
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One local benchmark: a JSONL file of questions, and the ways in which they are asked."""
+
+    name: str
+    path: str
+    """JSONL of {question, choices, answer[, id, context, cloze]}, `answer` an index into `choices`; or of preference pairs
+    {prompt, chosen, rejected}."""
+    family: str = ""
+    """What the benchmark measures, e.g. commonsense, knowledge, math, reading; only shown in tables."""
+    ask: list[Literal["direct", "cloze", "generate"]] = field(default_factory=lambda: ["direct"])
+    """direct: choices after the chat-templated question (the paper's TAX); cloze: choices after the row's plain text
+    `cloze`; generate: does the greedy reply contain the answer?"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured on every exported model."""
+
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Local benchmarks."""
+    lm_eval_tasks: list[str] = field(default_factory=list)
+    """Names of official lm-evaluation-harness tasks (they need the hub, its cache, or `lm_eval_data`)."""
+    lm_eval_data: str | None = None
+    """Folder of hub data sets, `<owner>/<name>/...` laid out as on the hub, that official tasks are read from instead."""
+    limit: int | None = None
+    """Only the first so many items of each task."""
+    batch_size: int = 64
+    max_new_tokens: int = 32
+    epochs: Literal["all", "last"] = "all"
+    """Which of a run's models are evaluated: after every epoch, or at its end alone."""
+    style: str | None = None
+    """JSON file {chosen_pattern, rejected_pattern}: regular expressions that tell the preferred style of a reply."""
+    style_prompts: str | None = None
+    """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
+    apply_chat_template: bool = True
+    system_instruction: str | None = None
+    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    device_map: str | None = None
+    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """What the method sparse learns beside the model: a significance for every token; positive: the token counts."""
+
+    significance: Literal["hidden", "free"] = "hidden"
+    """hidden: one linear layer on hidden states; free: a number for every token of the training rows."""
+    learning_rate: float = 1e-3
+    initial: float = 0.5
+    """Significance of all tokens at the start; well above 0, all count, as in DPO."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(StageConfig):
+    """The preference stage; each method starts from the supervised model."""
+
+    beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
+    """Strengths of the methods that have one (dpo); each is a run of its own."""
+    warn_at: dict[str, float] = field(default_factory=dict)
+    """Where the 3D-properties warn, of held-out pairs in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise;
+    defaults and meaning: `ogdopt.three_d.Thresholds`."""
+    loss_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further hyper-parameters of losses by method, e.g. {simpo: {simpo_gamma: 0.5}}; the defaults are in `ogdopt.losses`."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    probe_steps: int | None = None
+    """For methods of one gradient (dpo and other losses of pairs): every so many steps, take the chosen's and the rejected's
+    gradients too and log what they say of both log-probabilities, and what the step does to them; null: never. It costs as
+    much as two steps. Methods of two gradients log what theirs say at every step, for nothing."""
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """Preference pairs and supervised rows in one run: the methods mix, alright, maxright, sequential and their kin.
+
+    Everything else is the preference stage's (pairs, optimizer, steps, `loss_reduction`, `train_on_prompt`): an epoch is a
+    pass over the pairs' batches, however the steps are shared, and each stream goes through its own rows at its own pace.
+    """
+
+    data: DataConfig | None = None
+    """Supervised rows of these methods; null: those of `sft.data`. `eval` rows are followed as `eval_loss`."""
+    lambdas: list[float] = field(default_factory=lambda: [0.5])
+    """Weights of the preference loss, from 0 to 1; the supervised loss has 1 - lambda. Each is a run of its own."""
+    evaluate_every: list[int] = field(default_factory=lambda: [10])
+    """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone.
+    Each is a run of its own."""
+    beta: float = 0.1
+    """Beta of the DPO loss, which every joint method is measured by."""
+    train_batch_size: int | None = None
+    """Supervised examples in one optimizer step; null: `preference.train_batch_size`."""
+    start: Literal["supervised", "base"] = "supervised"
+    """The model that these methods start from: the supervised stage's, or the one which that stage started from too. The
+    reference of the DPO loss is the supervised stage's model in both cases."""
+    objective_rows: int = 256
+    """Rows of each stream's training data, the same at every measurement, on which both objectives are measured."""
+    optima: dict[str, float] | None = None
+    """{preference: x, sft: y}: the least value of each objective, which gaps are counted from. null: found by optimizing each
+    one alone, once a seed, in runs of `optima_epochs`."""
+    optima_epochs: int | None = None
+    """Epochs of the two runs that find the optima; null: `preference.num_train_epochs`."""
+    stop_gap: float | None = None
+    """Stop a run once an objective is this close to its optimum, or both are to a point of `stop_pareto`; null: never. The
+    paper's is 1e-4. Sequential runs and those that find the optima are not stopped."""
+    stop_pareto: list[list[float]] | None = None
+    """Pairs [preference, sft] of objectives that are good enough; null: where the finished ALRIGHT runs of this seed ended."""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"joint.beta is {self.beta}; expected a positive number")
+        if self.optima is not None and set(self.optima) != {"preference", "sft"}:
+            raise ValueError(
+                f"joint.optima is {self.optima}; expected {{preference: x, sft: y}}, the least value of each objective, or "
+                "null to have them found"
+            )
+        for name, least in {"train_batch_size": 1, "objective_rows": 1, "optima_epochs": 1, "stop_gap": 0.0}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(
+                    f"joint.{name} is {value}; expected {least} or more" + ", or null" * (name != "objective_rows")
+                )
+        if self.stop_pareto is not None and any(len(point) != 2 for point in self.stop_pareto):
+            raise ValueError(f"joint.stop_pareto is {self.stop_pareto}; expected a list of pairs [preference, sft], or null")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How uncertainty is computed."""
+
+    samples: int = 10_000
+    """Bootstrap draws."""
+    confidence: float = 0.95
+    paper: Literal["magpie_pro", "magpie_air_gemma2"] | None = None
+    """Show the rows of the OGD paper's Table 1 for this data set beside ours."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A study: one supervised stage, methods that start from it, evaluation and report."""
+
+    study: StudyConfig = field(default_factory=StudyConfig)
+    methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
+    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
+    rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
+    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo,
+    flex_dpo, sft_dpo, rrhf, orpo, sparse; of pairs or of unpaired rows: kto; normalized preference optimization of a batch or
+    of each pair: npo, npo_pair; and reward_model, a head of one number
+    that is measured on held-out pairs alone."""
+    world: WorldConfig | None = None
+    """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sft: StageConfig = field(default_factory=sft_defaults)
+    """The supervised stage; without training data the methods start from the model itself."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    data_dir: str | None = None
+    """Folder that `{data_dir}` in paths stands for, so that a recipe can name files without knowing where they are."""
+    report_to: list[str] = field(default_factory=lambda: ["auto"])
+    """Experiment trackers that hear what metrics.jsonl holds: tensorboard, wandb, trackio, ... (accelerate's names); auto:
+    tensorboard where it is installed; none."""
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads of torch; null: one a core."""
+
+    def __post_init__(self) -> None:
+        if self.evals.epochs == "all" and self.preference.export == "last":
+            raise ValueError(
+                "evals.epochs is all, but preference.export is last, so that earlier epochs have no model; expected the same"
+            )
+        size, micro = self.joint.train_batch_size, self.preference.per_device_train_batch_size
+        if size is not None and size % micro:
+            raise ValueError(
+                f"joint.train_batch_size is {size}; expected a multiple of preference.per_device_train_batch_size ({micro}), "
+                "or null for preference.train_batch_size"
+            )
+
+
+LISTS = {
+    "--methods",
+    "--study.seeds",
+    "--preference.beta",
+    "--joint.lambdas",
+    "--joint.evaluate_every",
+    "--evals.lm_eval_tasks",
+    "--report_to",
+} | {f"--{stage}.data.{part}" for stage in ("sft", "preference", "joint") for part in ("train", "eval")}
+"""Options that also take plain commas: --methods ogd,dpo."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for."""
+
+    config: Config
+    dry_run: bool
+    """Check data and settings and say what a run would take, instead of running."""
+    world_size: int
+    """Processes that a dry run reckons with."""
+
+
+def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
+    """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help."""
+    return command(argv, recipe, prog).config
+
+
+def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
+    """The command line: the configuration, and whether it is to be run or only checked.
+
+    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
+    """
+    # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.
+    first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--dry_run", "--dry-run", action="store_true")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    first.add_argument("--world_size", "--world-size", type=int, default=world_size, metavar="N")
+    asked, given = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if asked.world_size < 1:
+        first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
+    try:
+        given = [*_recipes(given)]
+    except ValueError as error:
+        first.error(str(error))
+    if not any(word == "--config" or word.startswith("--config=") for word in given):
+        given = ["--config", str(recipe), *given]
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
+        epilog="--dry_run loads no weights and writes nothing: it checks data and settings, shows examples with the loss "
+        "positions marked, lengths, steps, schedule, memory by part, and what would be written where. --world_size N: the "
+        "number of processes it reckons with (default: the launcher's).",
+    )
+    parser.add_argument(
+        "--config", action="config", help="recipe: a name (miniature, ...) or a YAML file; options behind it override it"
+    )
+    parser.add_class_arguments(Config)
+    found = parser.instantiate(parser.parse_args(listed(given, LISTS)))
+    config = Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
+    return Command(config, asked.dry_run, asked.world_size)
+
+
+def recipe_file(word: str) -> Path:
+    """The file of a recipe: one of the package's by its name, or a path.
+
+    Raises ValueError if there is neither, naming the recipes.
+
+    >>> recipe_file("miniature") == DEFAULT_RECIPE
+    True
+    """
+    known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    if word in known:
+        return known[word]
+    path = Path(word)
+    if path.is_file():
+        return path
+    if path.stem in known and path.parent.name == "recipes":
+        raise ValueError(f"--config {word}: no such file; expected the recipe's name alone: --config {path.stem}")
+    raise ValueError(f"--config {word}: no such file; expected a YAML file or one of the recipes {', '.join(known)}")
+
+
+def _recipes(words: Sequence[str]) -> Iterator[str]:
+    """The words, with the file of a recipe in the place of its name."""
+    before = ""
+    for word in words:
+        if before == "--config":
+            yield str(recipe_file(word))
+        elif word.startswith("--config="):
+            yield f"--config={recipe_file(word.removeprefix('--config='))}"
+        else:
+            yield word
+        before = word
+
+
+def listed(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo`, of the options named, into the YAML lists that the parser reads."""
+    out: list[str] = []
+    for word in words:
+        name, sign, value = word.partition("=")
+        if name in options and sign:
+            out.append(f"{name}={_listed(value)}")
+        else:
+            out.append(_listed(word) if out and out[-1] in options else word)
+    return out
+
+
+def _listed(value: str) -> str:
+    return value if value.startswith("[") or value.startswith("--") else f"[{value}]"
+
+
+def as_dict(config: Any) -> Any:
+    """A configuration, or a dictionary of such, as plain dictionaries for config.yaml."""
+    if isinstance(config, dict):
+        return {key: as_dict(value) for key, value in config.items()}
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config

@@ -1,0 +1,412 @@
+"""Rows become token sequences: templated, tokenized, length-limited, ordered, collated; and what was left out is reported.
+
+Prompt and prompt + completion are tokenized as the model will see them and split at their common prefix of token ids, because
+a token may reach across the border. Every completion ends with exactly one end-of-sequence token, except one that a length
+limit cut, which the report counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ogdopt_harness.config.schema import DataConfig
+from ogdopt_harness.data.rows import Message, Problem, Row, RowError, as_messages, rows
+
+Part = Literal["train", "eval"]
+Kind = Literal["sft", "joint", "preference"]
+CHUNK = 256  # rows tokenized in one call, which a fast tokenizer spreads over the cores
+SHOWN = 10  # problems listed in an error
+KEPT = 3  # places kept of each reason, in the report and in an error
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of token ids. The completion ends with the end-of-sequence token unless it was cut."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a preferred and a rejected completion."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def chosen(self) -> Example:
+        """The prompt with the preferred completion."""
+        return Example(self.prompt_ids, self.chosen_ids)
+
+    @property
+    def rejected(self) -> Example:
+        """The prompt with the rejected completion."""
+        return Example(self.prompt_ids, self.rejected_ids)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Winners and losers; if `paired`, winners[i] and losers[i] answer the same prompt, else their numbers may differ."""
+
+    winners: list[Example]
+    losers: list[Example]
+    paired: bool
+
+
+@dataclass
+class Note:
+    """How often something happened, and the first places where it did."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count one more, and keep its place if it is among the first."""
+        self.count += 1
+        if len(self.places) < KEPT:
+            self.places.append(place)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows: `read` = `used` + the dropped ones; `noted` counts what happened to rows that are used."""
+
+    option: str
+    read: int
+    used: int
+    tokens: int
+    longest: int
+    formats: dict[str, int]
+    dropped: dict[str, Note]
+    noted: dict[str, Note]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, for JSON."""
+        plain = {name: getattr(self, name) for name in ("option", "read", "used", "tokens", "longest", "formats")}
+        for name in ("dropped", "noted"):
+            plain[name] = {reason: {"count": n.count, "places": n.places} for reason, n in getattr(self, name).items()}
+        return plain
+
+    def summary(self) -> str:
+        """One line of totals, then one line for each reason."""
+        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
+        size = f"{self.tokens:,} tokens, longest {self.longest:,}"
+        lines = [f"{self.option}: {self.used:,} of {self.read:,} rows used ({formats}), {size}"]
+        for verb, notes in (("left out", self.dropped), ("used", self.noted)):
+            for reason, note in notes.items():
+                more = ", ..." if note.count > len(note.places) else ""
+                lines.append(f"  {verb}, {reason}: {note.count:,} ({', '.join(note.places)}{more})")
+        return "\n".join(lines)
+
+
+def load_sft(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part, kind: Literal["sft", "joint"] = "sft"
+) -> tuple[list[Example], DataReport]:
+    """The supervised examples of `config.train` or `config.eval`: last answers of conversations, completions, or plain texts.
+
+    Raises ValueError if a source or a row cannot be used (`on_bad_row: error`), or if no row is left.
+    """
+    loader = Loader(config, tokenizer, part, kind)
+    examples = [example for _, (example,) in loader.sequences()]
+    return examples, loader.finish(examples)
+
+
+def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> tuple[Preferences, DataReport]:
+    """The preferred and rejected examples of `config.train` or `config.eval`, from paired or from labelled rows.
+
+    Raises ValueError as `load_sft` does, if rows of both kinds are mixed, and if one side has no example.
+    """
+    loader = Loader(config, tokenizer, part, "preference")
+    winners: list[Example] = []
+    losers: list[Example] = []
+    for label, examples in loader.sequences():
+        if label is None:
+            winners.append(examples[0])
+            losers.append(examples[1])
+        else:
+            (winners if label else losers).append(examples[0])
+    report = loader.finish([*winners, *losers])
+    if len(report.formats) > 1:
+        raise ValueError(
+            f"{report.option} mixes {' and '.join(report.formats)} rows; expected one kind, pairs or labelled completions"
+        )
+    if not winners or not losers:
+        raise ValueError(f"{report.option}: every label is {bool(winners)}; expected preferred and rejected completions")
+    return Preferences(winners, losers, paired="chosen/rejected" in report.formats), report
+
+
+def texts(config: DataConfig, part: Part, kind: Kind) -> Iterator[str]:
+    """The text of every usable row, messages joined by newlines, to train a tokenizer on; the loaders name the other rows."""
+    for row in rows(config, part, kind):
+        if isinstance(row, Problem):
+            continue
+        try:
+            prompt = [] if row.prompt is None else [message["content"] for message in as_messages(row.prompt)]
+        except RowError:
+            continue
+        yield "\n".join((*prompt, *row.answers))
+
+
+def order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n rows in an epoch: a pure function, so that (epoch, position) is all a resumed run has to know."""
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences, each (B, T): token ids, 1 where there is a token, True where the token is scored."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def collate(examples: Sequence[Example], pad_id: int, train_on_prompt: bool = False) -> Batch:
+    """The examples as one batch. Scored are the completions, or with `train_on_prompt` all tokens; never the first of a
+    sequence, which nothing predicts. Masks follow from lengths, so that `pad_id` may be the end-of-sequence token."""
+    if not examples:
+        raise ValueError("collate got no examples; expected at least one")
+    lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+    shape = len(examples), max(lengths)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    for i, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        input_ids[i, :length] = torch.tensor(example.prompt_ids + example.completion_ids, dtype=torch.long)
+        attention_mask[i, :length] = 1
+        loss_mask[i, 1 if train_on_prompt else max(1, len(example.prompt_ids)) : length] = True
+    return Batch(input_ids, attention_mask, loss_mask)
+
+
+def mismatched(data: Preferences) -> list[Example]:
+    """Each winner's and each loser's prompt with the completion of the row behind it, cut to the longest row there is.
+
+    Their log-ratios are the policy's divergence from its reference on answers that nobody prefers (Ethayarajh et al. 2024).
+    """
+    rows = [*data.winners, *data.losers]
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    following = [*rows[1:], rows[0]]
+    return [Example(a.prompt_ids, b.completion_ids[: longest - len(a.prompt_ids)]) for a, b in zip(rows, following)]
+
+
+class Loader:
+    """One pass over the rows of one option: encodes them and keeps account of what happens to each."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: Part, kind: Kind) -> None:
+        self.config, self.part, self.kind = config, part, kind
+        self.option = f"{kind}.data.{part}"
+        self.encoder = Encoder(tokenizer)
+        self.read = self.used = 0
+        self.formats: dict[str, int] = {}
+        self.dropped: dict[str, Note] = {}
+        self.stopping: dict[str, Note] = {}  # as dropped, for problems that let no training begin
+        self.first: list[Problem] = []  # of the stopping ones, or of the dropped while there are none
+        self.noted: dict[str, Note] = {}
+        if config.on_long_row == "truncate" and not 1 <= config.max_prompt_length < config.max_length:
+            raise ValueError(
+                f"{kind}.data: max_prompt_length is {config.max_prompt_length} and max_length {config.max_length}; "
+                "with on_long_row: truncate the first must be smaller, or nothing is left for the completion"
+            )
+
+    def sequences(self) -> Iterator[tuple[bool | None, tuple[Example, ...]]]:
+        """(label, examples that share a prompt) of every usable row, in order."""
+        source = rows(self.config, self.part, self.kind)
+        while chunk := list(islice(source, CHUNK)):
+            self.read += len(chunk)
+            for row, encoded in zip(chunk, self.encoder.encode(chunk), strict=True):
+                if isinstance(encoded, Problem):
+                    self.drop(encoded, self.config.on_bad_row == "error")
+                elif (examples := self.limit(row.where, encoded)) is not None:
+                    assert isinstance(row, Row)
+                    self.used += 1
+                    self.formats[row.format] = self.formats.get(row.format, 0) + 1
+                    yield row.label, examples
+
+    def limit(self, where: str, encoded: Encoded) -> tuple[Example, ...] | None:
+        """The row's examples within the length limits, or None if the row is left out."""
+        config, prompt, answers = self.config, encoded.prompt, encoded.answers
+        longest = max(map(len, answers))
+        fits = len(prompt) <= config.max_prompt_length, len(prompt) + longest <= config.max_length
+        if not all(fits) and config.on_long_row != "truncate":
+            name, length = ("max_length", len(prompt) + longest) if fits[0] else ("max_prompt_length", len(prompt))
+            limit = f"{name} {getattr(config, name)}"
+            remedy = f"raise {name}, or choose `on_long_row: drop` or `truncate`"
+            self.drop(Problem(where, f"longer than {limit}", "", f"{length} tokens", remedy), config.on_long_row == "error")
+            return None
+        if not fits[0]:
+            kept = prompt[len(prompt) - config.max_prompt_length :]
+            prompt = [self.encoder.bos, *kept[1:]] if prompt[0] == self.encoder.bos else kept  # a BOS stays where it was
+        room = config.max_length - len(prompt)
+        cut = [answer[:room] for answer in answers]
+        if len(cut) == 2 and cut[0] == cut[1]:
+            remedy = "raise max_length: what differs lies behind it"
+            problem = Problem(where, "chosen and rejected are identical once cut", "", f"{room} equal tokens", remedy)
+            self.drop(problem, stop=False)
+            return None
+        if not fits[0]:
+            self.note("prompt cut at its start", where)
+        if longest > room:
+            self.note("completion cut, ends without EOS", where)
+        if encoded.moved:
+            self.note("prompt tokens change next to the completion", where)
+        return tuple(Example(prompt, answer) for answer in cut)
+
+    def drop(self, problem: Problem, stop: bool) -> None:
+        """Account for a row that is left out, or that stops the run."""
+        if stop and not self.stopping:
+            self.first = []
+        note = (self.stopping if stop else self.dropped).setdefault(problem.reason, Note())
+        note.add(problem.where)
+        if (stop or not self.stopping) and note.count <= KEPT and len(self.first) < SHOWN:
+            self.first.append(problem)
+
+    def note(self, what: str, where: str) -> None:
+        """Account for what happened to a row that is used."""
+        self.noted.setdefault(what, Note()).add(where)
+
+    def finish(self, examples: Sequence[Example]) -> DataReport:
+        """The report. Raises one ValueError with the first problems and all counts if a row stops the run or none is left."""
+        if self.stopping or not self.used:
+            raise ValueError(self.complaint())
+        lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+        return DataReport(self.option, self.read, self.used, sum(lengths), max(lengths), self.formats, self.dropped, self.noted)
+
+    def complaint(self) -> str:
+        """The message of the one error: first problems, counts, what to do."""
+        notes = self.stopping or self.dropped
+        counts = ", ".join(f"{note.count} {reason}" for reason, note in notes.items())
+        unusable = sum(note.count for note in notes.values())
+        unused = f"{unusable} of {self.read} rows cannot be used" if self.read else "no row found"
+        lines = [f"{self.option}: {unused}"]
+        lines += [f"  {problem}" for problem in self.first]
+        lines += ["  ..."] if unusable > len(self.first) else []
+        lines += [f"in all: {counts}"] if counts else []
+        if not self.used and counts:
+            lines.append("no row is left to train on or to measure")
+        elif self.stopping:
+            long = [reason.startswith("longer than") for reason in self.stopping]
+            options = ["on_bad_row: skip"] * (not all(long)) + ["on_long_row: drop"] * any(long)
+            skip = " and ".join(f"`{self.kind}.data.{option}`" for option in options)
+            lines.append(f"correct these rows, or leave them out with {skip}")
+        return "\n".join(lines)
+
+
+class Encoded(NamedTuple):
+    """Token ids of a row: the prompt, and one list for each answer; `moved`: the prompt alone has other tokens."""
+
+    prompt: list[int]
+    answers: tuple[list[int], ...]
+    moved: bool
+
+
+class Encoder:
+    """Rows to token ids, through the tokenizer's chat template if it has one. Raises ValueError without an EOS token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        if not isinstance(eos, int):
+            raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set eos_token, or completions never end")
+        self.tokenizer = tokenizer
+        self.templated = tokenizer.chat_template is not None
+        self.eos, self.bos = eos, bos if isinstance(bos, int) else None
+        self.adds_bos = self.bos is not None and self.bos in tokenizer("a").input_ids[:1]
+        self.ids = list(range(len(tokenizer)))  # one int object an id: a token then costs 8 bytes of a list, not 36
+
+    def encode(self, chunk: Sequence[Row | Problem]) -> list[Encoded | Problem]:
+        """One result a row. Raises ValueError if a row holds messages and the tokenizer has no chat template."""
+        rendered = [row if isinstance(row, Problem) else self.render(row) for row in chunk]
+        flat = [text for item in rendered if isinstance(item, list) for text in item]
+        encoded = self.tokenizer(flat, add_special_tokens=False, verbose=False).input_ids if flat else []
+        tokens = iter(encoded)
+        results: list[Encoded | Problem] = []
+        for row, item in zip(chunk, rendered, strict=True):
+            if isinstance(item, Problem):
+                results.append(item)
+                continue
+            assert isinstance(row, Row)
+            try:
+                results.append(self.split(row, [next(tokens) for _ in item]))
+            except RowError as problem:
+                results.append(problem.at(row.where))
+        return results
+
+    def render(self, row: Row) -> list[str] | Problem:
+        """The texts to tokenize: the prompt, then the prompt with each answer."""
+        if row.prompt is None:
+            return ["", *row.answers]
+        if not self.templated:
+            if not isinstance(row.prompt, str):
+                raise ValueError(
+                    f"{row.where}: holds messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
+                    "choose one that has (model.tokenizer_name_or_path), or rows of plain text"
+                )
+            return [row.prompt, *(row.prompt + answer for answer in row.answers)]
+        try:
+            asked = as_messages(row.prompt)
+            strip = isinstance(row.prompt, str) and asked[0]["content"] != row.prompt  # the turns of a dialogue were stripped
+            answers = [answer.strip() if strip else answer for answer in row.answers]
+            return [self.apply(asked), *(self.apply(asked, answer) for answer in answers)]
+        except RowError as problem:
+            return problem.at(row.where)
+        except TemplateError as error:
+            remedy = "change the messages or the tokenizer's template"
+            return Problem(row.where, "refused by the chat template", "", str(error) or type(error).__name__, remedy)
+
+    def apply(self, asked: list[Message], answer: str | None = None) -> str:
+        """The templated text: with an answer, or up to where the answer begins."""
+        turns = asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        assert isinstance(text, str)
+        return text
+
+    def split(self, row: Row, tokens: list[list[int]]) -> Encoded:
+        """Prompt and answers, cut apart where the prompt and all full sequences stop to agree. Raises RowError."""
+        templated = self.templated and row.prompt is not None
+        alone, *full = [self.begin(ids, add=self.adds_bos and not templated) for ids in tokens]
+        border = min(common(alone, ids) for ids in full)
+        answers = tuple(self.end(ids[border:]) for ids in full)
+        if len(answers) == 2 and answers[0] == answers[1]:
+            found, remedy = f"the same {len(answers[0])} tokens", "expected answers that the tokenizer can tell apart"
+            raise RowError("chosen and rejected are identical", "chosen, rejected", found, remedy)
+        return Encoded([self.ids[i] for i in full[0][:border]], answers, moved=border < len(alone))
+
+    def begin(self, ids: list[int], add: bool) -> list[int]:
+        """The ids with at most one BOS at the start, and with one if `add`."""
+        if self.bos is None:
+            return ids
+        start = next((i for i, token in enumerate(ids) if token != self.bos), len(ids))
+        return [self.bos, *ids[start:]] if start or add else ids
+
+    def end(self, ids: list[int]) -> list[int]:
+        """The ids with exactly one EOS, at the end. Raises RowError if there is text behind an EOS, or none before it."""
+        stop = ids.index(self.eos) if self.eos in ids else len(ids)
+        behind = [i for i in ids[stop:] if i != self.eos]  # templates may write a newline behind the EOS: nothing to learn
+        if not self.blank(behind):
+            remedy = f"expected {self.tokenizer.eos_token!r} at the end alone: take it out of the text"
+            raise RowError("EOS inside the completion", "", f"{len(behind)} tokens behind it", remedy)
+        if self.blank(ids[: min(8, stop)]) and self.blank(ids[:stop]):  # eight mostly tell enough
+            raise RowError("empty completion", "", "no token", "expected an answer that the tokenizer knows a token for")
+        return [self.ids[i] for i in (*ids[:stop], self.eos)]
+
+    def blank(self, ids: list[int]) -> bool:
+        """Whether the ids stand for nothing but white space."""
+        return not str(self.tokenizer.decode(ids)).strip()
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

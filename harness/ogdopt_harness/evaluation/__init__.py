@@ -1,0 +1,1 @@
+"""A model folder as answers: benchmarks item by item, prompts, judges behind an endpoint."""

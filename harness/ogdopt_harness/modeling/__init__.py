@@ -1,0 +1,1 @@
+"""Models: load or build, shard, score, adapt, export, and the memory that they need."""

@@ -1,0 +1,453 @@
+"""The stages of one seed's study, each skipped when its files are there: data, supervised training, methods, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ogdopt.three_d import Thresholds
+from ogdopt_harness.common.files import replaced, write_json, write_text
+from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.config.schema import Config, DataConfig, EvalConfig, ModelConfig, StageConfig, as_dict
+from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
+from ogdopt_harness.data.world import make_world
+from ogdopt_harness.evaluation.suite import evaluate
+from ogdopt_harness.modeling.broadcast import outlined
+from ogdopt_harness.modeling.memory import precision_warning
+from ogdopt_harness.modeling.model import build_model, check_attention, load_model, load_tokenizer, prepare, train_tokenizer
+from ogdopt_harness.pipeline.guard import digest_of, local_files, same_files, same_rows
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.joint import STREAMS, Joint
+from ogdopt_harness.training.methods import METHODS, RunSpec, check_loss_args, runs
+from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
+from ogdopt_harness.training.trackers import chosen
+from ogdopt_harness.training.trainer import train
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
+
+
+class SeedStudy:
+    """One repetition of a study, in `<study>/seed-<k>`."""
+
+    def __init__(self, config: Config, seed: int, ranks: Ranks = ALONE, device: torch.device | None = None) -> None:
+        self.seed, self.ranks = seed, ranks
+        self.home = config.study.directory / f"seed-{seed}"
+        self.config = located(config, str(self.home / "data"), seed)
+        self.device = device or torch.device(device_name(config.device))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        _check_thresholds(config.preference.warn_at)
+        check_attention(config.model, self.device)
+        self.report_to = chosen(config.report_to)
+        self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
+        check_loss_args(config.preference.loss_args)
+        for name, stage in (("sft", config.sft), ("preference", config.preference)):
+            if stage.data.train and ranks.first and (text := precision_warning(config.model, stage)):
+                warnings.warn(f"{name}: {text}", stacklevel=2)
+        joint = [spec.method for spec in self.specs if spec.weight is not None]
+        if joint and not (config.joint.data or config.sft.data).train:
+            raise ValueError(
+                f"{joint[0]} trains on supervised rows beside the pairs, but joint.data.train and sft.data.train are empty; "
+                "expected JSONL files or hub data sets, e.g. --joint.data.train rows.jsonl"
+            )
+
+    def prepare(self) -> None:
+        """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
+        self.ranks.tell(self._prepare)
+
+    def _prepare(self) -> None:
+        if self.config.world is not None:
+            make_world(self.config.world, self.home / "data")
+        model, folder = self.config.model, self.home / "tokenizer"
+        if folder.is_dir():
+            return
+        if model.tokenizer_name_or_path is None:
+            train_tokenizer(self._texts(), model, folder)
+        elif model.chat_template is not None:  # kept with it, for models that are evaluated as they came
+            with replaced(folder) as temporary:
+                load_tokenizer(model.tokenizer_name_or_path, model.chat_template).save_pretrained(temporary)
+
+    def supervised(self) -> None:
+        """Train the start of all methods, if there is supervised data, and evaluate it."""
+        config, directory = self.config, self.home / "supervised"
+        facts = {"name": "supervised", "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
+        sections = {"world": config.world, "model": config.model, "sft": config.sft}
+        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.sft.seed}))
+        if not self._done(directory):
+            if self._epochs(config.sft):
+                recipe = as_dict(config.sft)
+                data = Preferences(self._supervised_rows["train"], [], paired=False)
+                held_out = self._supervised_rows.get("eval", [])
+                job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
+                job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
+                job = dataclasses.replace(job, report_to=self.report_to, project=config.study.name)
+                model = self._prepared(self._fresh_model, config.model.at_stage("sft"), config.sft.seed)
+                train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
+            else:
+                nothing = {"steps": 0, "epochs": 0, "seconds": 0.0}
+                self.ranks.tell(lambda: write_json(directory / "complete.json", nothing))
+        self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
+
+    def method(self, spec: RunSpec) -> None:
+        """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
+        directory = self.home / spec.name
+        reward = METHODS[spec.method].reward
+        kind = "reward" if reward else "method"
+        facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
+        stage = self._stage_settings(spec.method)
+        if spec.weight is None:
+            facts["beta"], joint = spec.beta, None
+        else:
+            facts |= {"beta": self.config.joint.beta, "lambda": spec.weight, "evaluate_every": spec.evaluate_every}
+            joint = self._joint_settings()
+        self._record(directory, facts, stage, joint)
+        if not self._done(directory):
+            self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        if reward:
+            return  # it answers no questions
+        epochs = self.ranks.tell(lambda: json.loads((directory / "complete.json").read_text())["epochs"])
+        for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
+            self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
+
+    def _done(self, directory: Path) -> bool:
+        return self.ranks.tell((directory / "complete.json").is_file)
+
+    def _stage_settings(self, method: str) -> dict[str, Any]:
+        """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
+        unread = {"beta"} if METHODS[method].loss == "sparse" else {"beta", "sparse"}
+        settings = {k: v for k, v in as_dict(self.config.preference).items() if k not in unread}
+        return settings | {"loss_args": settings["loss_args"].get(method, {})}
+
+    def _joint_settings(self) -> dict[str, Any]:
+        settings = as_dict(self.config.joint)
+        return {k: v for k, v in settings.items() if k not in ("lambdas", "evaluate_every")}
+
+    def _record(self, directory: Path, facts: dict[str, Any], stage: dict[str, Any], joint: dict[str, Any] | None) -> None:
+        config = self.config
+        sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
+        sections |= {"joint": joint} if joint else {}
+        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.preference.seed}))
+
+    def _train(
+        self,
+        directory: Path,
+        spec: RunSpec,
+        facts: dict[str, Any],
+        recipe: dict[str, Any],
+        optima: dict[str, float] | None = None,
+        **changes: Any,
+    ) -> None:
+        config, rows = self.config, self._preference_rows
+        joint = None if spec.weight is None else self._joint(spec, optima)
+        fresh = joint is not None and config.joint.start == "base"
+        job = Job(
+            directory,
+            spec.name,
+            f"[seed {self.seed}] {spec.label}",
+            spec.method,
+            dataclasses.replace(config.preference, **changes),
+            rows["train"],
+            rows.get("eval"),
+            beta=facts["beta"],
+            seed=config.preference.seed,
+            base=self._base_words if fresh else str(self.start),
+            recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
+            validation=self._joint_rows.get("eval", []) if joint else (),
+            joint=joint,
+            thresholds=config.preference.warn_at,
+            loss_args=config.preference.loss_args.get(spec.method, {}),
+            sparse=config.preference.sparse,
+            probe_steps=config.preference.probe_steps,
+            report_to=self.report_to,
+            project=config.study.name,
+        )
+        if METHODS[spec.method].reward:
+            seed, padding = config.preference.seed, self.tokenizer.pad_token_id
+            model = self._prepared(lambda: load_reward_model(config.model, self.start, padding, seed))
+            RewardTrainer(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks).run()
+            return
+        start = lambda: load_model(config.model, self.start)  # noqa: E731
+        reference = (lambda: self._prepared(start)) if fresh else None
+        model = self._prepared(self._fresh_model if fresh else start)
+        train(job, model, self.tokenizer, self.device, config.model.bf16, reference, self.ranks)
+
+    def _prepared(self, load: Callable[[], Any], settings: ModelConfig | None = None, seed: int | None = None) -> Any:
+        """The model that `load` returns, which one process loads for all, ready to be trained (by default as methods are)."""
+        config = self.config
+        seed = config.preference.seed if seed is None else seed
+        return prepare(outlined(load, self.ranks), settings or config.model, self.device, seed, self.ranks)
+
+    def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
+        """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""
+        joint = self.config.joint
+        assert spec.weight is not None
+        return Joint(
+            self._joint_rows["train"],
+            spec.weight,
+            joint.train_batch_size or self.config.preference.train_batch_size,
+            self.optima if optima is None else optima or None,
+            spec.evaluate_every or 1,
+            joint.objective_rows,
+            joint.stop_gap if optima is None else None,
+            self._good_enough(spec),
+        )
+
+    @cached_property
+    def optima(self) -> dict[str, float]:
+        """The least value of each objective: as configured, or found by optimizing each one alone, and kept in `optima/`."""
+        given, folder = self.config.joint.optima, self.home / "optima"
+        if given is not None:
+            return given
+        stage = self._stage_settings("alright")
+        joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
+        found = {}
+        for name, weight in (("preference", 1.0), ("sft", 0.0)):
+            spec = RunSpec("alright", None, name, f"optimum of {name}", weight)
+            facts = {"name": name, "kind": "optimum", "method": "alright", "label": spec.label, "beta": self.config.joint.beta}
+            self._record(folder / name, facts | {"lambda": weight}, stage, joint)
+            if not self._done(folder / name):
+                epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
+                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
+            found[name] = self.ranks.tell(lambda name=name: least(folder / name / "metrics.jsonl", f"eval_objective/{name}"))
+        self.ranks.tell(lambda: write_json(folder / "optima.json", found))
+        return found
+
+    def _good_enough(self, spec: RunSpec) -> list[list[float]]:
+        """Points [preference, sft] at which a run may stop: as configured, or where this seed's ALRIGHT runs have ended."""
+        given = self.config.joint.stop_pareto
+        if given is not None or spec.method == "alright":
+            return given or []
+        return self.ranks.tell(self._ends_of_alright)
+
+    def _ends_of_alright(self) -> list[list[float]]:
+        points = []
+        for done in sorted(self.home.glob("alright_lambda*/complete.json")):
+            last = json.loads((done.parent / "metrics.jsonl").read_text().splitlines()[-1])
+            points.append([last[f"eval_objective/{name}"] for name in STREAMS])
+        return points
+
+    @property
+    def _base_words(self) -> str:
+        """What the supervised stage starts from, in words."""
+        config = self.config.model
+        return config.model_name_or_path or f"a fresh {config.architecture.get('model_type')}"
+
+    @property
+    def start(self) -> Path | str:
+        """Where the methods start: the supervised stage's last model, or the given model itself."""
+        epochs = self._epochs(self.config.sft)
+        if epochs:
+            return self.home / "supervised" / "model" / f"epoch-{epochs}"
+        return str(self.config.model.model_name_or_path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of all models of this study."""
+        return load_tokenizer(self._words, self.config.model.chat_template)
+
+    @property
+    def _words(self) -> str | Path:
+        """Where the study's tokenizer is."""
+        name = self.config.model.tokenizer_name_or_path
+        return self.home / "tokenizer" if name is None or self.config.model.chat_template is not None else name
+
+    @cached_property
+    def _supervised_rows(self) -> dict[str, Any]:
+        return self._loaded("sft", self.config.sft.data, load_sft)
+
+    @cached_property
+    def _preference_rows(self) -> dict[str, Any]:
+        return self._loaded("preference", self.config.preference.data, load_preferences)
+
+    @cached_property
+    def _joint_rows(self) -> dict[str, Any]:
+        if self.config.joint.data is None:
+            return self._supervised_rows
+        return self._loaded("joint", self.config.joint.data, partial(load_sft, kind="joint"))
+
+    def _loaded(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
+        """Rows of both parts, checked; what was left out is printed and kept in data_report.json. One process reads for all.
+
+        Raises ValueError if they are not those that this study was begun with.
+        """
+        return self.ranks.tell(lambda: self._read(kind, data, load))
+
+    def _read(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
+        found, reports = {}, {}
+        known = self.home / "data_files.json"
+        for part in ("train", "eval"):
+            if getattr(data, part):
+                option = f"{kind}.data.{part}"
+                same_files(known, local_files(getattr(data, part)), option)
+                found[part], report = load(data, self.tokenizer, part)
+                same_rows(known, f"{option} {json.dumps(as_dict(data), sort_keys=True)}", option, rows_of(found[part]))
+                reports[f"{kind}.data.{part}"] = report.as_dict()
+                print(report.summary())
+        if "train" not in found:
+            raise ValueError(
+                f"{kind}.data.train is empty; expected JSONL files or hub data sets, e.g. --{kind}.data.train rows.jsonl"
+            )
+        file = self.home / "data_report.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        write_json(file, before | reports)
+        return found
+
+    def _texts(self) -> Any:
+        config = self.config
+        for kind, data in (("sft", config.sft.data), ("preference", config.preference.data), ("joint", config.joint.data)):
+            if data is not None and data.train:
+                yield from texts(data, "train", kind)  # type: ignore[arg-type]
+
+    def _fresh_model(self) -> Any:
+        config = self.config.model
+        if config.model_name_or_path is None:
+            return build_model(config, self.tokenizer, self.config.sft.seed)
+        return load_model(config, config.model_name_or_path)
+
+    def _epochs(self, stage: StageConfig) -> int:
+        """Epochs of the supervised stage; 0 where there is no supervised data."""
+        if not stage.data.train:
+            if self.config.model.model_name_or_path is None:
+                raise ValueError(
+                    "sft.data.train is empty and model.model_name_or_path is null; give one, or nothing is trained"
+                )
+            return 0
+        file = self.home / "supervised" / "complete.json"
+        return json.loads(file.read_text())["epochs"] if file.is_file() else stage.num_train_epochs
+
+    def _evaluate(self, directory: Path, run: str, model: Path | str, epoch: int) -> None:
+        evals = self.config.evals
+        output = directory / "evals" / f"epoch-{epoch}.json"
+        if not (evals.tasks or evals.lm_eval_tasks) or self.ranks.tell(output.is_file):
+            return
+        if self.ranks.first:
+            print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
+        words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
+        where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
+        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
+
+
+def _check_thresholds(given: dict[str, float]) -> None:
+    try:
+        Thresholds(**given)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(f.name for f in dataclasses.fields(Thresholds))
+        raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
+
+
+def located(config: Config, data: str, seed: int) -> Config:
+    """The configuration of one seed: `{data}` is its folder, and its seeds are shifted by `seed`.
+
+    >>> located(Config(), "d", 3).preference.seed
+    4
+    """
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            if "{data_dir}" in value and config.data_dir is None:
+                raise ValueError(f"a path of this recipe is {value!r}; say which folder {{data_dir}} is with --data_dir FOLDER")
+            return value.replace("{data}", data).replace("{data_dir}", config.data_dir or "")
+        return [filled(v) for v in value] if isinstance(value, list) else value
+
+    def data_of(stage: Any) -> Any:
+        rows = dataclasses.replace(stage.data, train=filled(stage.data.train), eval=filled(stage.data.eval))
+        return dataclasses.replace(stage, data=rows, seed=stage.seed + seed)
+
+    joint = config.joint
+    if joint.data is not None:
+        rows = dataclasses.replace(joint.data, train=filled(joint.data.train), eval=filled(joint.data.eval))
+        joint = dataclasses.replace(joint, data=rows)
+    evals: EvalConfig = config.evals
+    tasks = [dataclasses.replace(task, path=filled(task.path)) for task in evals.tasks]
+    files = {name: filled(getattr(evals, name)) for name in ("style", "style_prompts", "lm_eval_data")}
+    evals = dataclasses.replace(evals, tasks=tasks, **files)
+    world = config.world and dataclasses.replace(config.world, seed=config.world.seed + seed)
+    stages = {"sft": data_of(config.sft), "preference": data_of(config.preference), "joint": joint}
+    return dataclasses.replace(config, world=world, evals=evals, **stages)
+
+
+def least(metrics: Path, key: str) -> float:
+    """The smallest value of a figure in a metrics file."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return min(line[key] for line in lines if key in line)
+
+
+def rows_of(found: Preferences | Sequence[Example]) -> dict[str, Any]:
+    """How many rows and tokens there are, and a hash of all of them."""
+    examples = [*found.winners, *found.losers] if isinstance(found, Preferences) else found
+    sequences = [ids for example in examples for ids in (example.prompt_ids, example.completion_ids)]
+    return {"rows": len(examples), "tokens": sum(map(len, sequences)), "sha256": digest_of(sequences)}
+
+
+def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) -> None:
+    """Write `config.yaml` before anything else happens in a directory.
+
+    Raises ValueError if a run there was made with other settings, naming them: results of two recipes are not mixed.
+    """
+    plain = (
+        as_dict(config)
+        if dataclasses.is_dataclass(config)
+        else {k: as_dict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()}
+    )
+    file = directory / "config.yaml"
+    if facts and file.is_file():
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))["config"]
+        changed = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before, plain)]
+        if changed:
+            raise ValueError(
+                f"{directory} was made with other settings: {'; '.join(changed)}. Choose another directory "
+                "(--study.output_dir, or --output_dir of generate), or delete that folder to make it again"
+            )
+        return
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    value = {"run": facts} if facts else {}
+    value |= {"config": plain, "versions": versions, "machine": machine, "git": _git(), "command": shlex.join(sys.argv)}
+    write_text(file, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of every setting that differs.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    [('a.c', 2, 3)]
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if before == after else [(path, before, after)]
+
+
+def _git() -> str:
+    """The commit of this code, with a + if files differ from it; "unknown" outside a git checkout."""
+    root = Path(__file__).resolve().parents[3]
+    try:
+        found = [
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found[0] + ("+" if found[1] else "")
+
+
+def device_name(name: str) -> str:
+    """The device of a setting: "auto" is a GPU if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,227 @@
+"""A model and the rows of a job: scoring them without gradients, the reference, what is measured on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ogdopt.losses import Completion, Pairs, dpo
+from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.data.batches import Micro, deal, slots
+from ogdopt_harness.data.examples import Example, collate, mismatched, order
+from ogdopt_harness.modeling.adapters import bare
+from ogdopt_harness.modeling.model import completion_logps
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.measures import sums_of, unseen_mass
+from ogdopt_harness.training.methods import METHODS, Method
+from ogdopt_harness.training.progress import Taken
+from ogdopt_harness.training.sparse import SparseTerm
+
+EVAL_BETA = 0.1
+"""Beta of the rewards and of the DPO loss that are measured on held-out pairs (paper, Figure 6)."""
+
+
+class Scorer:
+    """A job's model while it is trained, and what its log-probabilities say."""
+
+    def __init__(
+        self,
+        job: Job,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        device: torch.device,
+        bf16: bool,
+        reference: Callable[[], PreTrainedModel] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.job, self.model, self.tokenizer, self.device = job, model, tokenizer, device
+        self.load_reference = reference
+        self.ranks = ranks
+        self.method: Method = METHODS[job.method]
+        cast = bf16 and device.type != "cpu" and not isinstance(bare(model), FSDPModule)  # which casts by itself
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if cast else nullcontext()
+        self.mismatched = mismatched(job.data) if self.method.loss == "kto" else []
+        self.sparse: SparseTerm | None = None
+        if self.method.loss == "sparse":
+            size = bare(model).config.hidden_size
+            self.sparse = SparseTerm(job.sparse, job.data, size, job.config.train_on_prompt, device, ranks)
+        self.reference: dict[str, Tensor] = {}
+
+    def _deal(self, examples: Sequence[Example], taken: Taken | None = None, answers: int = 1) -> list[Micro]:
+        """This process's micro-batches of a batch; a row goes through the model with `answers` sequences of its length."""
+        config = self.job.config
+        lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+        most, budget = config.per_device_train_batch_size, config.per_device_train_tokens
+        if taken is None:  # without gradients: as many tokens as a training pass may have, in any number of sequences
+            most, budget = max(64, most), budget or most * config.data.max_length
+        micros = deal(lengths, most, budget and budget // answers, self.ranks.rank, self.ranks.size)
+        if taken is not None:
+            taken.tokens += answers * sum(lengths[i] for micro in micros if micro.counts for i in micro.rows)
+            taken.slots += answers * sum(slots(lengths, micro) for micro in micros)
+        return micros
+
+    def _score(
+        self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[Tensor] | None = None
+    ) -> Completion:
+        on_prompt = self.job.config.train_on_prompt if on_prompt is None else on_prompt
+        batch = collate(examples, self.tokenizer.pad_token_id, on_prompt)
+        ids, attention = (x.to(self.device, non_blocking=True) for x in (batch.input_ids, batch.attention_mask))
+        with self.autocast:  # the loss mask stays: no question to the device
+            return completion_logps(self.model, ids, attention, batch.loss_mask, states)
+
+    def _references(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities of the chosen and of the rejected answers of these pairs, (N,) each."""
+        A, B = (self.reference[f"train_{side}"][indices].to(self.device) for side in ("chosen", "rejected"))
+        return A, B
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Passes without gradients, and without the dropout that adapters may have."""
+        model = self.model
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            model.train()
+            self._resharded()
+
+    def _resharded(self) -> None:
+        """Behind passes without gradients: what lies outside of the layers stays gathered until a backward pass comes."""
+        if isinstance(plain := bare(self.model), FSDPModule):
+            plain.reshard()
+
+    def _scores(self, examples: Sequence[Example], on_prompt: bool = False) -> list[Completion]:
+        """The scored tokens of each example, (1, T - 1), on the CPU, without gradients, in every process."""
+        found: dict[int, Completion] = {}
+        with self._looking():
+            for micro in self._deal(examples):
+                scored = Completion(*(x.cpu() for x in self._score([examples[i] for i in micro.rows], on_prompt)))
+                if micro.counts:
+                    rows = zip(micro.rows, scored.logps, scored.mask, strict=True)
+                    found |= {i: Completion(logps[None], mask[None]) for i, logps, mask in rows}
+        together = {i: completion for part in self.ranks.gather(found) for i, completion in part.items()}
+        return [together[i] for i in range(len(examples))]
+
+    def _logps(self, examples: Sequence[Example], on_prompt: bool = False) -> tuple[Tensor, Tensor]:
+        """(sums over scored tokens, numbers of these) of the examples, each (N,), on the CPU, without gradients."""
+        found = torch.zeros(2, len(examples), device=self.device)
+        with self._looking():
+            for micro in self._deal(examples):
+                completion = self._score([examples[i] for i in micro.rows], on_prompt)
+                if micro.counts:
+                    found[:, micro.rows] = torch.stack([completion.logp, completion.length.to(completion.logp.dtype)])
+        sums, lengths = self.ranks.sum(found).cpu()
+        return sums, lengths
+
+    def _reference(self) -> dict[str, Tensor]:
+        """Log-probabilities of the starting model, computed once and kept beside the run."""
+        file = self.job.directory / "reference.safetensors"
+        kept = self.ranks.tell(lambda: load_file(file) if file.is_file() else None)
+        if kept is not None:
+            return kept
+        with self._as_reference():
+            found = self._reference_logps()
+
+        def keep() -> None:
+            temporary = file.with_suffix(".tmp")
+            save_file(found, temporary)
+            os.replace(temporary, file)
+
+        if found:
+            self.ranks.tell(keep)
+        return found
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Score with the reference model, if that is another one than the model to be trained."""
+        if self.load_reference is None:
+            yield
+            return
+        trained = self.model
+        self.model = self.load_reference()
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def _reference_logps(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if self.method.reference:
+            found["train_chosen"] = self._logps(self.job.data.winners)[0]
+            found["train_rejected"] = self._logps(self.job.data.losers)[0]
+        if self.method.loss == "kto":
+            found["train_mismatched"] = self._logps(self.mismatched)[0]
+        if self.sparse is not None:
+            scored = self._scores([*self.job.data.winners, *self.job.data.losers], self.job.config.train_on_prompt)
+            found["train_tokens"] = torch.cat([completion.logps[completion.mask.bool()] for completion in scored])
+        if self.job.held_out is not None:
+            found["eval_chosen"] = self._logps(self.job.held_out.winners)[0]
+            found["eval_rejected"] = self._logps(self.job.held_out.losers)[0]
+        return found
+
+    def _measure(self) -> dict[str, float]:
+        """TRL's names with the prefix eval_: log-probabilities of held-out answers, and rewards against step 0."""
+        line: dict[str, float] = {}
+        if self.job.validation:
+            total, tokens = self._logps(self.job.validation)
+            line["eval_loss"] = -(total.sum() / tokens.sum()).item()
+        line |= self._objectives()
+        held_out = self.job.held_out
+        if held_out is None:
+            return line
+        scores = [self._scores(side) for side in (held_out.winners, held_out.losers)]
+        (a, n_w), (b, n_l) = map(sums_of, scores)
+        line |= {"eval_logps/chosen": a.mean().item(), "eval_logps/rejected": b.mean().item()}
+        line |= {"eval_logps_mean/chosen": (a / n_w).mean().item(), "eval_logps_mean/rejected": (b / n_l).mean().item()}
+        A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
+        if held_out.paired:
+            line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
+            line["eval_dpo_loss"] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
+            if (mass := unseen_mass(held_out, *scores)) is not None:
+                line["eval_unseen_mass"] = mass
+        return line
+
+    def _objectives(self) -> dict[str, float]:
+        """Both objectives of a joint run, on the same rows of either stream's training data at every measurement."""
+        joint = self.job.joint
+        if joint is None:
+            return {}
+        data, config = self.job.data, self.job.config
+        some = order(len(data.winners), 0, 0)[: joint.objective_rows]
+        a, b = (self._logps([side[i] for i in some])[0] for side in (data.winners, data.losers))
+        A, B = (self.reference[f"train_{side}"][some] for side in ("chosen", "rejected"))
+        rows = [joint.supervised[i] for i in order(len(joint.supervised), 0, 0)[: joint.objective_rows]]
+        total, tokens = self._logps(rows, on_prompt=config.train_on_prompt)
+        losses = -total if config.loss_reduction == "sum" else -total / tokens
+        f_dpo = dpo_of(a, b, A, B, self.job.beta or EVAL_BETA).mean()
+        return {"eval_objective/preference": f_dpo.item(), "eval_objective/sft": losses.mean().item()}
+
+
+def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
+    """The DPO loss of pairs, (N,), from log-probabilities of their answers, (N,) each; A and B are the reference's."""
+    return dpo(pairs_of(a, b, A, B), beta=beta)
+
+
+def pairs_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Pairs:
+    """Pairs of which the answers' log-probabilities, (N,) each, are all that is known."""
+    one = torch.ones(len(a), 1, device=a.device)
+    return Pairs(Completion(a[:, None], one), Completion(b[:, None], one), A, B)
+
+
+def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:
+    """TRL's reward metrics from log-ratios (a - A, b - B), each (B,): batch means of shape ()."""
+    return {
+        "rewards/chosen": beta * chosen.mean(),
+        "rewards/rejected": beta * rejected.mean(),
+        "rewards/margins": beta * (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+    }

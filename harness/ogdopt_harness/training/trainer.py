@@ -1,0 +1,271 @@
+"""The loop: collect -> combine -> clip -> step -> one metrics line; resumable at every step.
+
+One loop serves the supervised stage and every method, in one process or many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from ogdopt import StepReport
+from ogdopt.diagnostics import Probe, entanglement
+from ogdopt.gram import Gram
+from ogdopt.objectives import Objective, SequentialObjective
+from ogdopt.projection import scaled
+from ogdopt.three_d import ThreeD, Thresholds
+from ogdopt_harness.common.files import write_json
+from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.config.schema import StageConfig
+from ogdopt_harness.modeling.model import export, model_card
+from ogdopt_harness.training import checkpoints, probing
+from ogdopt_harness.training.gradients import Collector
+from ogdopt_harness.training.job import Job
+from ogdopt_harness.training.joint import STREAMS
+from ogdopt_harness.training.meter import Meter, utilization
+from ogdopt_harness.training.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
+from ogdopt_harness.training.trackers import Trackers
+
+
+def train(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    device: torch.device,
+    bf16: bool = False,
+    reference: Callable[[], PreTrainedModel] | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Run a job to its end, or continue it: metrics.jsonl, checkpoint/, model/epoch-n and, last, complete.json.
+
+    `reference` loads the reference model where that is not `model` itself; only its log-probabilities are kept. Raises Stopped
+    after saving when the process is asked to stop (Ctrl-C, SIGTERM).
+    """
+    Trainer(job, model, tokenizer, device, bf16, reference, ranks).run()
+
+
+class Trainer(Collector):
+    """The state of one training run while it lasts."""
+
+    def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
+        super().__init__(job, *scorer, **named)
+        self.plan = job.plan
+        self.scheduler = schedule(job.config, self.optimizer, self.plan.steps)
+        self.metrics = job.directory / "metrics.jsonl"
+        self.tensors: Gram | None = None
+        """What the last step's two gradients were, tensor by tensor, where there were two."""
+        self.objective: Objective | None = None
+        if job.joint is not None and self.method.schedule is not None:
+            self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
+        self.watch = ThreeD(Thresholds(**job.thresholds))
+        run = "/".join(job.directory.parts[-2:])
+        names = job.report_to if self.ranks.first else ()
+        self.trackers = Trackers(names, job.project, run, job.directory, {"method": job.method} | job.recipe)
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start."""
+        job, plan = self.job, self.plan
+        job.directory.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(job.seed + 1_000_003 * self.ranks.rank)
+        self.reference = self._reference()
+        if self.sparse is not None:
+            self.sparse.reference = self.reference["train_tokens"]
+        progress = self._restored()
+        meter, speed = Meter(self.device), Speed()
+        bar = Bar(job.label, plan.steps, progress.step, self.ranks.first)
+        with closing(self.trackers), bar, stop_signals() as asked:
+            signals = Signals(self.ranks, asked)
+            while progress.step < plan.steps and not progress.enough:
+                with meter:
+                    taken = self._step(progress.step)
+                progress.step += 1
+                progress.seconds += speed.lap()
+                epoch_ends, measured = self._epoch_ends(progress.step), self._measures(progress.step)
+                line: dict[str, float] = {}
+                if measured or progress.step % job.config.logging_steps == 0:
+                    line, stop = self._line(taken, signals, speed)
+                    bar.show(progress.step, line)
+                else:
+                    stop = signals.look()
+                    bar.advance(progress.step)
+                if measured:
+                    line |= self._measure() | self._layers()
+                    progress.enough = self._enough(line)
+                    epoch_ends = epoch_ends or bool(progress.enough)
+                if line:
+                    self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
+                ended = progress.step == plan.steps or bool(progress.enough)
+                if ended or (epoch_ends and job.config.export == "all"):
+                    self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
+                due = job.config.save_steps and progress.step % job.config.save_steps == 0
+                if epoch_ends or due or stop:
+                    progress.costs = meter.added_to(progress.costs)
+                    self._save(progress)
+                if stop:
+                    raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
+        done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
+        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
+        done |= {"warnings": self.watch.warnings} | ({"stopped": progress.enough} if progress.enough else {})
+        self.ranks.tell(lambda: write_json(job.directory / "complete.json", done))
+
+    def _restored(self) -> checkpoints.Progress:
+        """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
+        folder = self.job.directory / "checkpoint"
+        progress = checkpoints.restore(folder, self.trained, self.optimizer, self.scheduler, self.ranks)
+        if progress is None:
+            progress = checkpoints.Progress()
+            self._truncate_metrics(0)
+            self._log({"step": 0, "epoch": 0.0} | self._measure())
+        else:
+            self._truncate_metrics(progress.metrics_bytes)
+            for row in self.ranks.tell(lambda: self.metrics.read_text(encoding="utf-8").splitlines()):
+                self.watch.read(json.loads(row))
+            if self.objective is not None:
+                self.objective.load_state_dict(progress.schedule["objective"])
+                self.taken = dict(progress.schedule["taken"])
+        return progress
+
+    def _enough(self, line: dict[str, float]) -> str:
+        """Why this run may end before its last step; "" where it may not. One after the other always runs to its end."""
+        joint = self.job.joint
+        if joint is None or self.method.schedule is SequentialObjective:
+            return ""
+        return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
+
+    # ---- one step ---------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> Taken:
+        winners, losers = self.plan.rows(step)
+        taken = Taken()
+        self.probing = self._probes(step)
+        if self.objective is not None:
+            taken.known = self._collect_scheduled(self.objective, taken)
+        elif self.method.per_pair:
+            taken.each = self._collect_each_pair(winners, taken)
+        elif self.method.loss == "kto":
+            self._collect(self._kto_losses(winners, losers, taken), taken)
+        elif self.method.loss != "nll":
+            self._collect(self._pair_losses(winners, taken), taken)
+        else:
+            logps = self._collect_sides(winners, losers, taken)
+            if self.method.weight is not None:
+                whole = {side: self.ranks.sum(values) for side, values in logps.items()}
+                self.optimizer.rule = scaled(self.method.rule, self._weight(winners, whole, taken, share=1 / self.ranks.size))
+        taken.learning_rate = float(self.scheduler.get_last_lr()[0])
+        every = self.job.config.update_cosine_steps
+        due = (step + 1) % every == 0 if every else self._measures(step + 1)
+        self.optimizer.measure_change = self.method.two_gradients and due
+        with self._probe(winners, losers) if self.probing else nullcontext() as taken.seen:
+            taken.report = self.optimizer.step()
+        self.scheduler.step()
+        return taken
+
+    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
+        """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
+        report = taken.report
+        assert report is not None
+        line, news = taken.total(self.ranks, self.device, *signals.news())
+        tokens, positions = line.pop("tokens"), line.pop("slots")
+        line |= {"learning_rate": taken.learning_rate, "grad_norm": report.grad_norm}
+        line |= {"tokens_per_second": tokens / speed.seconds_a_step(), "padding": 1 - tokens / positions}
+        line |= utilization(self.device)
+        if report.skipped:
+            line["skipped"] = 1.0
+        if self.method.two_gradients and "logps/rejected" in line:  # not in a supervised step of a schedule
+            coefficient = report.coefficients
+            assert isinstance(coefficient, tuple)
+            line |= {
+                "ogd/cosine": report.cosine,
+                "ogd/coefficient": -coefficient[1],
+                "ogd/projected_fraction": report.projected_fraction,
+                "ogd/norm_chosen": report.gram.ww**0.5,
+                "ogd/norm_rejected": report.gram.ll**0.5,
+                "ogd/parallel": float(report.parallel),
+            }
+            if self.method.metric == "optimizer":
+                line["ogd/passes"] = float(report.passes)
+            # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
+            if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
+                line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
+        line |= taken.known
+        return line | self._entanglement(line, report, taken.seen, taken.each), signals.heard(news)
+
+    # ---- files ------------------------------------------------------------------------------------------------------------
+
+    def _epoch_ends(self, step: int) -> bool:
+        return step % self.plan.steps_per_epoch == 0 or step == self.plan.steps
+
+    def _measures(self, step: int) -> bool:
+        """Whether held-out rows are measured behind this step."""
+        every = self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
+        return self._epoch_ends(step) or step % every == 0
+
+    def _log(self, line: dict[str, float]) -> None:
+        known = set(self.watch.warnings)
+        line = line | self.watch.read(line)
+        for kind in set(self.watch.warnings) - known:
+            if self.ranks.first:
+                tqdm.write(f"{self.job.label}, {self.watch.warnings[kind]}")
+        if self.ranks.first:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.trackers.log(line)
+
+    def _truncate_metrics(self, size: int) -> None:
+        """Forget the lines behind the checkpoint: those steps are taken again."""
+        if self.ranks.first:
+            with self.metrics.open("ab") as file:
+                file.truncate(size)
+
+    def _save(self, progress: checkpoints.Progress) -> None:
+        progress.metrics_bytes = self.metrics.stat().st_size if self.ranks.first else 0
+        if self.objective is not None:
+            progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
+        checkpoints.save(self.job.directory / "checkpoint", progress, self.trained, self.optimizer, self.scheduler, self.ranks)
+
+    def _export(self, epoch: int, line: dict[str, float]) -> None:
+        figures = {k: v for k, v in line.items() if k.startswith("eval_")}
+        card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
+        export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card, self.ranks)
+
+    def _entanglement(
+        self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
+    ) -> dict[str, float]:
+        self.tensors = report.tensors if self.method.two_gradients and "logps/rejected" in line else None
+        if self.tensors is not None:
+            return entanglement(self.tensors)  # with the weights of DPO, whatever the rule makes of the two
+        if each:
+            return probing.over_pairs(each)
+        if seen is None:
+            return {}
+        self.tensors = seen.gram
+        names = [f"entanglement/weight_{side}" for side in ("chosen", "rejected")]
+        d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(name, math.nan) for name in names)
+        found = entanglement(seen.gram, d_w, d_l)
+        if math.isnan(d_w):  # the sparse loss weighs tokens, not answers
+            found = {k: v for k, v in found.items() if "condition" not in k and "case" not in k}
+        return found | seen.metrics | self._layers()
+
+    def _layers(self) -> dict[str, float]:
+        return {} if self.tensors is None else probing.layers(self.tensors, probing.names(self.trained))
+
+
+def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The learning rate of a run of so many steps. Raises ValueError for arguments that its schedule does not take."""
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, config.warmup(steps), steps, dict(config.lr_scheduler_kwargs) or None
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs} for lr_scheduler_type {config.lr_scheduler_type}: {error}"
+        ) from error
