@@ -38,6 +38,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PYTHONPATH=.:harness $(BIN)/lint-imports --no-logo
 
 format: venv
 	$(BIN)/ruff check --fix .
