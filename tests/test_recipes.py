@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import RECIPES, LoraConfig, ModelConfig, parse
 from ogdopt_harness.data.examples import load_preferences
 from ogdopt_harness.modeling.adapters import trained_parts
 from ogdopt_harness.modeling.memory import trained_parameters
 from ogdopt_harness.modeling.model import architecture, load_tokenizer, train_tokenizer
-from ogdopt_harness.pipeline.stages import located
 from tests import small
 
 PERSONA = sorted(path.stem for path in RECIPES.glob("persona_*.yaml"))

@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
+from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import RECIPES, Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict, parse
-from ogdopt_harness.pipeline import stages
-from ogdopt_harness.pipeline.stages import differences, located, record
+from ogdopt_harness.pipeline import manifest
+from ogdopt_harness.pipeline.manifest import differences, record
 from ogdopt_harness.training.methods import runs
 
 
@@ -48,8 +49,8 @@ def test_git_outside_a_checkout(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(stages.subprocess, "run", missing)
-    assert stages._git() == "unknown"
+    monkeypatch.setattr(manifest.subprocess, "run", missing)
+    assert manifest._git() == "unknown"
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from ogdopt_harness.common.tables import NONE, Table, size
+from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Kind, Part, load_preferences, load_sft, texts
 from ogdopt_harness.data.preview import CLOSE, OPEN, groups, histogram, marked
@@ -41,7 +42,6 @@ from ogdopt_harness.modeling.memory import (
     trained_parameters,
 )
 from ogdopt_harness.modeling.model import architecture, load_tokenizer, train_tokenizer
-from ogdopt_harness.pipeline.stages import located
 from ogdopt_harness.training.job import Plan
 from ogdopt_harness.training.methods import METHODS, RunSpec, runs
 from ogdopt_harness.training.trainer import schedule

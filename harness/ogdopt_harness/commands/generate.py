@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
+from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
 from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, identity, load_words, pretrained
-from ogdopt_harness.pipeline.stages import device_name, record
+from ogdopt_harness.pipeline.manifest import record
 
 TOO_LONG = 0.05  # share of answers that were cut off, above which a warning is due
 BLOCK = 256  # prompts that vLLM is given at once

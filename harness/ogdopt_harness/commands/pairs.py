@@ -28,13 +28,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
+from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.sources import RowError, kind_of, read
 from ogdopt_harness.data.rows import as_messages, parse
 from ogdopt_harness.evaluation.items import judge_style, naming, read_patterns, read_rows
 from ogdopt_harness.evaluation.lm import decoded, ends_of, identity, load_words, pretrained
-from ogdopt_harness.pipeline.stages import device_name, record
+from ogdopt_harness.pipeline.manifest import record
 
 ROW = "row"
 NOT_SAMPLING = ("output_dir", "chosen", "rejected", "score", "limit", "device")

@@ -29,9 +29,11 @@ def run(config: Config) -> None:
     """All seeds of a study, then its report. Every process of a launcher runs this."""
     import transformers  # seconds, which other commands need not wait for
 
+    from ogdopt_harness.common.device import device_name
     from ogdopt_harness.common.ranks import join, leave
     from ogdopt_harness.pipeline.guard import locked
-    from ogdopt_harness.pipeline.stages import SeedStudy, device_name, record
+    from ogdopt_harness.pipeline.manifest import record
+    from ogdopt_harness.pipeline.stages import SeedStudy
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

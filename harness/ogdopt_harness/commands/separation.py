@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from ogdopt.dynamics import means, priority, separation
 from ogdopt_harness.analysis.study_reader import short_name
+from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.tables import NONE, Table, number, tiny
 from ogdopt_harness.config.schema import listed
@@ -29,7 +30,6 @@ from ogdopt_harness.data.behaviours import NO, YES, Behaviour, read_behaviours
 from ogdopt_harness.evaluation.lm import load_words, pretrained
 from ogdopt_harness.modeling.adapters import bare
 from ogdopt_harness.modeling.embeddings import embed, flat
-from ogdopt_harness.pipeline.stages import device_name
 from ogdopt_harness.reporting.figures import PAPER
 
 

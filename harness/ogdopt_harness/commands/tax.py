@@ -22,12 +22,14 @@ from ogdopt_harness.analysis.comparison import ASKED, plain
 from ogdopt_harness.analysis.study_reader import NUMBERED, Evaluation, short_name
 from ogdopt_harness.analysis.tax import Tax, compare, difference, reduction, unanswered, verdict
 from ogdopt_harness.common import ranks
+from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json, write_text
 from ogdopt_harness.common.sources import HUB_ID
 from ogdopt_harness.common.tables import NONE, Table, interval, markdown_text, number, p_text, percent
+from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import RECIPES, Config, command
 from ogdopt_harness.evaluation.suite import evaluate
-from ogdopt_harness.pipeline.stages import device_name, located, record
+from ogdopt_harness.pipeline.manifest import record
 
 WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ogdopt.three_d import Thresholds
-from ogdopt_harness.common.files import replaced, write_json, write_text
+from ogdopt_harness.common.device import device_name
+from ogdopt_harness.common.files import replaced, write_json
 from ogdopt_harness.common.ranks import ALONE, Ranks
-from ogdopt_harness.config.schema import Config, DataConfig, EvalConfig, ModelConfig, StageConfig, as_dict
+from ogdopt_harness.config.located import located
+from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, StageConfig, as_dict
 from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.suite import evaluate
@@ -29,14 +26,13 @@ from ogdopt_harness.modeling.broadcast import outlined
 from ogdopt_harness.modeling.memory import precision_warning
 from ogdopt_harness.modeling.model import build_model, check_attention, load_model, load_tokenizer, prepare, train_tokenizer
 from ogdopt_harness.pipeline.guard import digest_of, local_files, same_files, same_rows
+from ogdopt_harness.pipeline.manifest import record
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.joint import STREAMS, Joint
 from ogdopt_harness.training.methods import METHODS, RunSpec, check_loss_args, runs
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
 from ogdopt_harness.training.trackers import chosen
 from ogdopt_harness.training.trainer import train
-
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class SeedStudy:
@@ -348,37 +344,6 @@ def _check_thresholds(given: dict[str, float]) -> None:
         raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
 
 
-def located(config: Config, data: str, seed: int) -> Config:
-    """The configuration of one seed: `{data}` is its folder, and its seeds are shifted by `seed`.
-
-    >>> located(Config(), "d", 3).preference.seed
-    4
-    """
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, str):
-            if "{data_dir}" in value and config.data_dir is None:
-                raise ValueError(f"a path of this recipe is {value!r}; say which folder {{data_dir}} is with --data_dir FOLDER")
-            return value.replace("{data}", data).replace("{data_dir}", config.data_dir or "")
-        return [filled(v) for v in value] if isinstance(value, list) else value
-
-    def data_of(stage: Any) -> Any:
-        rows = dataclasses.replace(stage.data, train=filled(stage.data.train), eval=filled(stage.data.eval))
-        return dataclasses.replace(stage, data=rows, seed=stage.seed + seed)
-
-    joint = config.joint
-    if joint.data is not None:
-        rows = dataclasses.replace(joint.data, train=filled(joint.data.train), eval=filled(joint.data.eval))
-        joint = dataclasses.replace(joint, data=rows)
-    evals: EvalConfig = config.evals
-    tasks = [dataclasses.replace(task, path=filled(task.path)) for task in evals.tasks]
-    files = {name: filled(getattr(evals, name)) for name in ("style", "style_prompts", "lm_eval_data")}
-    evals = dataclasses.replace(evals, tasks=tasks, **files)
-    world = config.world and dataclasses.replace(config.world, seed=config.world.seed + seed)
-    stages = {"sft": data_of(config.sft), "preference": data_of(config.preference), "joint": joint}
-    return dataclasses.replace(config, world=world, evals=evals, **stages)
-
-
 def least(metrics: Path, key: str) -> float:
     """The smallest value of a figure in a metrics file."""
     lines = map(json.loads, metrics.read_text().splitlines())
@@ -390,64 +355,3 @@ def rows_of(found: Preferences | Sequence[Example]) -> dict[str, Any]:
     examples = [*found.winners, *found.losers] if isinstance(found, Preferences) else found
     sequences = [ids for example in examples for ids in (example.prompt_ids, example.completion_ids)]
     return {"rows": len(examples), "tokens": sum(map(len, sequences)), "sha256": digest_of(sequences)}
-
-
-def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) -> None:
-    """Write `config.yaml` before anything else happens in a directory.
-
-    Raises ValueError if a run there was made with other settings, naming them: results of two recipes are not mixed.
-    """
-    plain = (
-        as_dict(config)
-        if dataclasses.is_dataclass(config)
-        else {k: as_dict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()}
-    )
-    file = directory / "config.yaml"
-    if facts and file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))["config"]
-        changed = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before, plain)]
-        if changed:
-            raise ValueError(
-                f"{directory} was made with other settings: {'; '.join(changed)}. Choose another directory "
-                "(--study.output_dir, or --output_dir of generate), or delete that folder to make it again"
-            )
-        return
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    machine = f"{platform.machine()}, {torch.get_num_threads()} CPU threads"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    value = {"run": facts} if facts else {}
-    value |= {"config": plain, "versions": versions, "machine": machine, "git": _git(), "command": shlex.join(sys.argv)}
-    write_text(file, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
-
-
-def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every setting that differs.
-
-    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-    [('a.c', 2, 3)]
-    """
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(k for k in after if k not in before)]
-        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}".lstrip("."))]
-    return [] if before == after else [(path, before, after)]
-
-
-def _git() -> str:
-    """The commit of this code, with a + if files differ from it; "unknown" outside a git checkout."""
-    root = Path(__file__).resolve().parents[3]
-    try:
-        found = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found[0] + ("+" if found[1] else "")
-
-
-def device_name(name: str) -> str:
-    """The device of a setting: "auto" is a GPU if there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
