@@ -28,7 +28,7 @@ study: venv
 	$(BIN)/python harness/run.py study $(NAME) $(ARGS)
 
 bench: venv .venv/bench
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 .venv/bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' && touch $@ || \

@@ -1,6 +1,6 @@
 """All that this machine can measure in ten minutes, in one table: this library, its peers, plain loops, and the bound.
 
-    make bench            (or: python benchmarks/bench.py --seconds 600)
+    make bench            (or: python -m benchmarks.bench --seconds 600)
 
 The other benchmarks of this folder at small settings, each in a process of its own; their own commands measure longer, and on
 larger models. A peer that is not installed is named, and so is what found no time left. Columns:
@@ -22,8 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 

@@ -58,7 +58,7 @@ def start(main: Callable[[list[str]], Any], environment: Mapping[str, str] = TIM
     """Run a script's `main` under these variables, which must be there before the process begins."""
     wanted = variables(environment)
     if wanted != os.environ and CHILD not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
     main(sys.argv[1:])
 
 
@@ -68,12 +68,17 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | dict(environment)
 
 
+def module(script: str) -> str:
+    """The name that `python -m` starts a script of this folder by."""
+    return f"benchmarks.{Path(script).stem}"
+
+
 def child(script: str, *words: str, environment: Mapping[str, str] = TIMING, limit: float | None = None) -> str:
     """What a script of this folder printed, run with these words in a process of its own.
 
     Raises RuntimeError with the end of its output if it fails, or takes more than `limit` seconds.
     """
-    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+    command = [sys.executable, "-m", module(script), *words]
     try:
         ready = variables(environment) | {CHILD: "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=ready, timeout=limit)
@@ -89,8 +94,8 @@ def launched(script: str, ranks: int, *words: str, limit: float, environment: Ma
 
     Raises RuntimeError like `child`, and leaves no process behind.
     """
-    path = str(Path(__file__).with_name(script))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", path, *words]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launch, "-m", module(script), *words]
     ready, pipes = variables(environment) | {CHILD: "1"}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=ready, start_new_session=True, text=True, **pipes) as launcher:
         try:
@@ -295,7 +300,7 @@ def record(path: Path, results: Any, **more: Any) -> None:
     """Write figures with the command, the machine and the versions of everything that took part, and say where."""
     packages = ["torch", "transformers", *PEERS]
     versions = {"python": platform.python_version()} | {name: found for name in packages if (found := installed(name))}
-    about = {"command": " ".join(["python", *map(_short, sys.argv)]), "machine": machine(), "versions": versions}
+    about = {"command": " ".join(["python", *map(_short, sys.orig_argv[1:])]), "machine": machine(), "versions": versions}
     if hasattr(os, "getloadavg"):
         about["load before and after"] = [round(LOAD, 2), round(os.getloadavg()[0], 2)]
     path.parent.mkdir(parents=True, exist_ok=True)

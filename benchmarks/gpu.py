@@ -1,8 +1,8 @@
 """On a GPU: the other tables there, and steps of a model of Mistral-7B's true shape with random weights.
 
-    python benchmarks/gpu.py                 # tables of projection.py and step.py, then the 7B steps (about 125 GiB)
-    python benchmarks/gpu.py --pairs 1 --ways sft ogd_bfloat16
-    python benchmarks/gpu.py --tiny          # a shrunken shape, on a CPU too: does it work?
+    python -m benchmarks.gpu                 # tables of projection.py and step.py, then the 7B steps (about 125 GiB)
+    python -m benchmarks.gpu --pairs 1 --ways sft ogd_bfloat16
+    python -m benchmarks.gpu --tiny          # a shrunken shape, on a CPU too: does it work?
 
 A step takes winners and losers of `--pairs` pairs, each sequence `--tokens` long, a quarter of it prompt, one sequence (for DPO
 one pair) at a time: SFT on both sides' sequences, DPO (reference precomputed), and OGD with the losers' gradient kept by
@@ -20,15 +20,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt import ProjectedGradient

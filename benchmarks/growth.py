@@ -1,6 +1,6 @@
 """How the parts of a step grow: with parameters, sequence length, micro-batches and ranks; and where each of them dominates.
 
-    python benchmarks/growth.py
+    python -m benchmarks.growth
 
 Parts: forward and backward of winners and losers; the inner products (Gram); the mixture; the base's step (RMSprop). CPU time
 of one thread, the median of some rounds, float32. With 1, 2 and 4 ranks the model is shared by FSDP2 over gloo and a batch of
@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.peers import Gradients

@@ -1,6 +1,6 @@
 """What a step of each schedule costs over the step on one objective that it makes.
 
-    python benchmarks/objectives.py --rounds 9
+    python -m benchmarks.objectives --rounds 9
 
 A small Mistral on one thread, two objectives of as many tokens each: a preference loss of pairs and a supervised loss. A round
 is ten steps of a schedule, each followed by the same step on the loss that it chose, called directly (for the mixed objective,
@@ -11,15 +11,11 @@ benchmarks/results/objectives.json.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import MistralForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt import AlternatingObjective, MaxGapObjective, MixedObjective, SequentialObjective

@@ -1,6 +1,6 @@
 """Where the time of a step goes: torch.profiler over steps of a miniature and of a 100M model.
 
-    python benchmarks/profiled.py --sizes miniature 100M
+    python -m benchmarks.profiled --sizes miniature 100M
 
 A step of ProjectedGradient around RMSprop with clipping, on one thread, the third of three. First the parts that the profiler's
 marks enclose: both forward passes, both backward passes, and the optimizer's step, the base's own apart where it has one. Then
@@ -10,15 +10,12 @@ Results go to benchmarks/results/profile.json.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt import ProjectedGradient

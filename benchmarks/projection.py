@@ -1,7 +1,7 @@
 """Projection alone, and with clipping and the base's step behind it, against the memory traffic that it cannot do without.
 
-    python benchmarks/projection.py --size 20M --rounds 9
-    python benchmarks/projection.py --size 100M --rounds 5
+    python -m benchmarks.projection --size 20M --rounds 9
+    python -m benchmarks.projection --size 100M --rounds 5
 
 Both gradients are given. The unit of the first table is one inner product and one addition over flat buffers of the same bytes:
 five passes, which read both gradients twice and write one. `ogdopt` is a step of `ProjectedGradient` around a base that does
@@ -20,12 +20,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, peers
 from benchmarks.common import Timed

@@ -1,6 +1,6 @@
 """How a training step scales with the number of processes, and how much of it they wait for each other.
 
-    python benchmarks/scaling.py --ranks 1,2,4 --steps 7
+    python -m benchmarks.scaling --ranks 1,2,4 --steps 7
 
 OGD steps of the harness's own loop (FSDP2, gloo, one thread a process) on a small Mistral. Strong: a batch of so many pairs in
 all, whatever the number of processes; weak: so many pairs for each. Seconds are the median over steps of the slowest process,
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,8 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt_harness.common.ranks import Ranks, join, leave

@@ -1,6 +1,6 @@
 """What each way of setting the loser's gradient aside costs: peak bytes, CPU time and the angle that is left.
 
-    python benchmarks/set_aside.py --size 20M --rounds 7
+    python -m benchmarks.set_aside --size 20M --rounds 7
 
 Every mode runs in a process of its own on one thread, so that its peak is its own. The unit of memory is the size of one
 gradient (the model's parameters, float32); the peak is what a step adds to the resident memory before it, parameters and
@@ -19,10 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 

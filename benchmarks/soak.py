@@ -1,6 +1,6 @@
 """Is a run hard to kill? Start it, kill -9 it at a random moment, again and again; in the end it must equal an undisturbed one.
 
-    python benchmarks/soak.py --processes 2 --kills 20
+    python -m benchmarks.soak --processes 2 --kills 20
 
 A small study (supervised stage and OGD in a small world, a checkpoint every second step) runs once undisturbed, then is started
 and killed `--kills` times, each time after a random number of further steps: all of its processes at once, or one of them, for
@@ -25,8 +25,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.common import ROOT

@@ -1,6 +1,6 @@
 """A whole training step against one backward pass of the summed loss on the same tokens, for every way to use two gradients.
 
-    python benchmarks/step.py --size 20M --sequences 4 --tokens 128 --rounds 5
+    python -m benchmarks.step --size 20M --sequences 4 --tokens 128 --rounds 5
 
 A small Mistral, winners and losers of so many sequences each, RMSprop, clipping. The unit is a plain step on both losses in one
 graph: two forward passes, one backward pass of the sum, clip_grad_norm_, RMSprop. Each way runs right behind such a step. What
@@ -11,14 +11,10 @@ Results go to benchmarks/results/step_SIZE_TOKENS.json, TOKENS being those of a 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.common import Timed, absent

@@ -1,6 +1,6 @@
 """What TAX says of models whose truth is known, at the sizes of the paper's eight benchmarks.
 
-    python benchmarks/tax_noise.py [--repetitions 200]
+    python -m benchmarks.tax_noise [--repetitions 200]
 
 Outcomes are simulated: plausible accuracies of a 7B model, a share of items that the tuned model answers otherwise by chance,
 and a true loss. Printed: the mean estimate, the sign-flip null's mean, how often p < 0.05, and how often the interval holds the
@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt_harness.analysis.study_reader import Answers, Evaluation

@@ -1,7 +1,7 @@
 """A training step of this harness against one of TRL's DPOTrainer, on the same pairs.
 
-    python benchmarks/trainers.py --size 20M --pairs 64 --rounds 3
-    python benchmarks/trainers.py --size 20M --pairs 64 --rounds 3 --as-installed
+    python -m benchmarks.trainers --size 20M --pairs 64 --rounds 3
+    python -m benchmarks.trainers --size 20M --pairs 64 --rounds 3 --as-installed
 
 Both train a small Mistral in float32 on one thread with RMSprop and clipping, on the same batch of pairs with log-normal
 lengths: the token ids that DPOTrainer has made of the text are what the harness gets, nothing is cut, and every step has all of
@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig

@@ -359,7 +359,7 @@ def test_scaling(tmp_path):
     """One process and two: what they wait is measured, and one waits for nobody."""
     out = tmp_path / "scaling.json"
     words = ["--ranks", "1,2", "--steps", "2", "--output", str(out)]
-    subprocess.run([sys.executable, "benchmarks/scaling.py", *words], cwd=common.ROOT, check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "benchmarks.scaling", *words], cwd=common.ROOT, check=True, timeout=200)
     found = results(out)
     for kind in ("strong", "weak"):
         assert found["1"][kind]["waiting"] == 0 and found["1"][kind]["efficiency"] == 1
