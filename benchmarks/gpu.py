@@ -32,8 +32,10 @@ from ogdopt import ProjectedGradient
 from ogdopt.losses import Completion, Pairs, dpo, nll
 from ogdopt_harness.common import ranks
 from ogdopt_harness.config.schema import RECIPES, ModelConfig, StageConfig
+from ogdopt_harness.modeling.build import architecture
 from ogdopt_harness.modeling.memory import Load, Shape, parts, shape_of
-from ogdopt_harness.modeling.model import architecture, completion_logps, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 
 WAYS = {
     "sft": "SFT",

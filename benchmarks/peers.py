@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Timed, absent, architecture, unfused
 from ogdopt import ProjectedGradient
-from ogdopt_harness.modeling.model import meta_model
+from ogdopt_harness.modeling.build import meta_model
 
 
 class Gradients:

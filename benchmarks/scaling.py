@@ -33,7 +33,8 @@ from ogdopt_harness.common.ranks import Ranks, join, leave
 from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Preferences
 from ogdopt_harness.modeling.broadcast import outlined
-from ogdopt_harness.modeling.model import architecture, prepare
+from ogdopt_harness.modeling.build import architecture
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.progress import Signals, Speed
 from ogdopt_harness.training.trainer import Trainer

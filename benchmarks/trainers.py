@@ -38,7 +38,8 @@ import torch
 from benchmarks import common
 from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Preferences
-from ogdopt_harness.modeling.model import prepare, train_tokenizer
+from ogdopt_harness.modeling.shard import prepare
+from ogdopt_harness.modeling.tokenizer import train_tokenizer
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.methods import METHODS
 from ogdopt_harness.training.progress import Signals, Speed

@@ -6,7 +6,8 @@ import torch
 
 from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Preferences
-from ogdopt_harness.modeling.model import build_model, train_tokenizer
+from ogdopt_harness.modeling.build import build_model
+from ogdopt_harness.modeling.tokenizer import train_tokenizer
 from ogdopt_harness.training.progress import Signals, Speed
 
 TEXT = "where does lives in what is the of a sure friend um whatever rador mila oslo rome cairo lima ? . ,"

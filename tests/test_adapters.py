@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from ogdopt_harness.config.schema import DataConfig, LoraConfig, parse
 from ogdopt_harness.data.examples import collate
 from ogdopt_harness.modeling.adapters import adapted, bare, merged
-from ogdopt_harness.modeling.model import completion_logps, export, prepare
+from ogdopt_harness.modeling.export import export
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.joint import Joint

@@ -12,6 +12,7 @@ from ogdopt_harness.commands import dry_run
 from ogdopt_harness.config.schema import LoraConfig, ModelConfig, StageConfig, command
 from ogdopt_harness.data.examples import Example
 from ogdopt_harness.data.preview import CLOSE, OPEN, histogram, marked
+from ogdopt_harness.modeling.build import architecture, build_model, load_model
 from ogdopt_harness.modeling.memory import (
     Load,
     copies,
@@ -22,7 +23,8 @@ from ogdopt_harness.modeling.memory import (
     trained_parameters,
     unmoved,
 )
-from ogdopt_harness.modeling.model import architecture, build_model, completion_logps, load_model, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.trainer import Trainer

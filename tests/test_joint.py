@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from ogdopt.losses import Pairs, dpo
 from ogdopt_harness.config.schema import Config, JointConfig, PreferenceConfig
 from ogdopt_harness.data.examples import Preferences, collate, order
-from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.meter import Meter

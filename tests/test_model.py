@@ -8,16 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.examples import collate
-from ogdopt_harness.modeling.model import (
-    build_model,
-    check_attention,
-    completion_logps,
-    export,
-    load_model,
-    load_tokenizer,
-    prepare,
-    train_tokenizer,
-)
+from ogdopt_harness.modeling.build import build_model, check_attention, load_model
+from ogdopt_harness.modeling.export import export
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
+from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from tests import small
 
 

@@ -9,8 +9,9 @@ from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import RECIPES, LoraConfig, ModelConfig, parse
 from ogdopt_harness.data.examples import load_preferences
 from ogdopt_harness.modeling.adapters import trained_parts
+from ogdopt_harness.modeling.build import architecture
 from ogdopt_harness.modeling.memory import trained_parameters
-from ogdopt_harness.modeling.model import architecture, load_tokenizer, train_tokenizer
+from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from tests import small
 
 PERSONA = sorted(path.stem for path in RECIPES.glob("persona_*.yaml"))
@@ -91,7 +92,7 @@ def test_train_only_freezes_the_rest(tmp_path):
 
 
 def test_only_what_is_named_moves_in_training(tmp_path):
-    from ogdopt_harness.modeling.model import prepare
+    from ogdopt_harness.modeling.shard import prepare
     from ogdopt_harness.training.trainer import Trainer
     from tests.test_train import job
 

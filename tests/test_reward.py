@@ -12,7 +12,7 @@ from ogdopt.diagnostics import weights
 from ogdopt.losses import LOSSES, Completion, Pairs, bradley_terry
 from ogdopt_harness.config.schema import LoraConfig
 from ogdopt_harness.data.examples import collate
-from ogdopt_harness.modeling.model import prepare
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.reporting.stability import STEADY
 from ogdopt_harness.training.methods import METHODS
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model

@@ -9,8 +9,9 @@ from ogdopt.dynamics import means, priority, separation
 from ogdopt_harness.commands.separation import SeparationConfig, asked, decision, main, measure
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.behaviours import made_up
+from ogdopt_harness.modeling.build import build_model
 from ogdopt_harness.modeling.embeddings import embed
-from ogdopt_harness.modeling.model import build_model, train_tokenizer
+from ogdopt_harness.modeling.tokenizer import train_tokenizer
 from tests import small
 
 BEHAVIOURS = made_up((0.3, 0.9), 24)

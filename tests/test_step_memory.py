@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ogdopt_harness.data.examples import collate
-from ogdopt_harness.modeling.model import build_model, completion_logps
+from ogdopt_harness.modeling.build import build_model
+from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.training.trainer import Trainer
 from tests import small
 from tests.test_train import job
@@ -105,7 +106,7 @@ def test_no_more_logits_are_alive_than_a_chunk_of_scored_tokens_has(tok, monkeyp
     weights = torch.rand(len(batch.input_ids), generator=torch.Generator().manual_seed(0))
     found = []
     for chunk in (16, 10_000):
-        monkeypatch.setattr("ogdopt_harness.modeling.model.HEAD_CHUNK", chunk)
+        monkeypatch.setattr("ogdopt_harness.modeling.score.HEAD_CHUNK", chunk)
         with Largest(997) as seen:
             logps = completion_logps(model, *batch).logp
             grads = torch.autograd.grad((weights * logps).sum(), list(model.parameters()))

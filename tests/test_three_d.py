@@ -16,7 +16,8 @@ from ogdopt.three_d import ThreeD, Thresholds, replay
 from ogdopt_harness.analysis import claims
 from ogdopt_harness.config.schema import Config
 from ogdopt_harness.data.examples import collate
-from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.reporting.stability import TITLE
 from ogdopt_harness.studies import three_d

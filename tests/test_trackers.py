@@ -9,7 +9,7 @@ from accelerate import tracking
 from accelerate.utils import is_tensorboard_available
 
 from ogdopt_harness.config.schema import Config
-from ogdopt_harness.modeling.model import prepare
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.training import trackers
 from ogdopt_harness.training.progress import Stopped

@@ -11,7 +11,8 @@ import torch
 
 from ogdopt.losses import LOSSES, Pairs
 from ogdopt_harness.data.examples import Preferences, collate
-from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.training.job import Job, Plan
 from ogdopt_harness.training.joint import Joint
 from ogdopt_harness.training.methods import METHODS, runs

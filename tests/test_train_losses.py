@@ -15,7 +15,8 @@ from ogdopt.gram import gram
 from ogdopt.losses import LOSSES, Pairs, dpo, kto_unpaired, simpo, sparse
 from ogdopt_harness.config.schema import LoraConfig, SparseConfig, parse
 from ogdopt_harness.data.examples import Example, Preferences, collate, mismatched
-from ogdopt_harness.modeling.model import completion_logps, prepare
+from ogdopt_harness.modeling.score import completion_logps
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.reporting.figures import layers
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.methods import METHODS, check_loss_args

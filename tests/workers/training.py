@@ -23,7 +23,9 @@ from ogdopt_harness.common.ranks import ALONE, FailedElsewhere, join
 from ogdopt_harness.config.schema import LoraConfig, SparseConfig
 from ogdopt_harness.modeling.adapters import bare
 from ogdopt_harness.modeling.broadcast import outlined
-from ogdopt_harness.modeling.model import build_model, export, load_model, prepare
+from ogdopt_harness.modeling.build import build_model, load_model
+from ogdopt_harness.modeling.export import export
+from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.methods import METHODS
 from ogdopt_harness.training.progress import Signals, Stopped, Taken

@@ -29,6 +29,7 @@ from ogdopt_harness.data.preview import CLOSE, OPEN, groups, histogram, marked
 from ogdopt_harness.data.rows import Problem, rows
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.suite import local_tasks, official_tasks, quiet
+from ogdopt_harness.modeling.build import architecture
 from ogdopt_harness.modeling.memory import (
     PARTS,
     SIZES,
@@ -41,7 +42,7 @@ from ogdopt_harness.modeling.memory import (
     shape_of,
     trained_parameters,
 )
-from ogdopt_harness.modeling.model import architecture, load_tokenizer, train_tokenizer
+from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from ogdopt_harness.training.job import Plan
 from ogdopt_harness.training.methods import METHODS, RunSpec, runs
 from ogdopt_harness.training.trainer import schedule

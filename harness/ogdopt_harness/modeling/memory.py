@@ -31,7 +31,8 @@ from transformers import PreTrainedConfig
 
 from ogdopt_harness.config.schema import ModelConfig, StageConfig
 from ogdopt_harness.modeling.adapters import trained_parts
-from ogdopt_harness.modeling.model import HEAD_CHUNK, blocks, meta_model
+from ogdopt_harness.modeling.build import blocks, meta_model
+from ogdopt_harness.modeling.score import HEAD_CHUNK
 
 SIZES = {"float32": 4, "bfloat16": 2}
 WAITING = {"bfloat16": 2.0, "int8": 1 + 4 / 256, "cpu": 0.0}

@@ -23,8 +23,10 @@ from ogdopt_harness.data.examples import Example, Preferences, load_preferences,
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.modeling.broadcast import outlined
+from ogdopt_harness.modeling.build import build_model, check_attention, load_model
 from ogdopt_harness.modeling.memory import precision_warning
-from ogdopt_harness.modeling.model import build_model, check_attention, load_model, load_tokenizer, prepare, train_tokenizer
+from ogdopt_harness.modeling.shard import prepare
+from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from ogdopt_harness.pipeline.guard import digest_of, local_files, same_files, same_rows
 from ogdopt_harness.pipeline.manifest import record
 from ogdopt_harness.training.job import Job

@@ -23,8 +23,9 @@ from ogdopt.dynamics import separation
 from ogdopt.optimizer import ProjectedGradient
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.behaviours import NO, YES, Behaviour
+from ogdopt_harness.modeling.build import build_model
 from ogdopt_harness.modeling.embeddings import embed, last_hidden
-from ogdopt_harness.modeling.model import build_model, train_tokenizer
+from ogdopt_harness.modeling.tokenizer import train_tokenizer
 
 ARCHITECTURE = {
     "model_type": "llama",

@@ -23,7 +23,7 @@ from ogdopt.projection import Rule, normalized, scaled
 from ogdopt_harness.analysis.tax import tax
 from ogdopt_harness.config.schema import SparseConfig
 from ogdopt_harness.data.examples import Example, Preferences, collate
-from ogdopt_harness.modeling.model import completion_logps
+from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.studies.sentiment_lab import HELD_OUT, PREFERENCES, STYLES, WIDTH, Sentiment, accuracy, score, tuned
 from ogdopt_harness.training.methods import METHODS
 from ogdopt_harness.training.sparse import SparseTerm

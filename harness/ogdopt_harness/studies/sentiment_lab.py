@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from ogdopt.losses import Completion
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.data.examples import Example, collate
-from ogdopt_harness.modeling.model import completion_logps
+from ogdopt_harness.modeling.score import completion_logps
 
 FILE = "sentiment/tweet_sentiment_train.jsonl.gz"
 STYLES = {

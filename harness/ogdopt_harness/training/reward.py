@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from ogdopt.losses import Completion
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.examples import Example, collate
-from ogdopt_harness.modeling.model import attention_of
+from ogdopt_harness.modeling.build import attention_of
 from ogdopt_harness.training.measures import sums_of
 from ogdopt_harness.training.progress import Signals, Speed, Taken
 from ogdopt_harness.training.scoring import rewards_of

@@ -18,7 +18,7 @@ from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.data.batches import Micro, deal, slots
 from ogdopt_harness.data.examples import Example, collate, mismatched, order
 from ogdopt_harness.modeling.adapters import bare
-from ogdopt_harness.modeling.model import completion_logps
+from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.measures import sums_of, unseen_mass
 from ogdopt_harness.training.methods import METHODS, Method

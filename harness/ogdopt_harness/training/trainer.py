@@ -26,7 +26,7 @@ from ogdopt.three_d import ThreeD, Thresholds
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.config.schema import StageConfig
-from ogdopt_harness.modeling.model import export, model_card
+from ogdopt_harness.modeling.export import export, model_card
 from ogdopt_harness.training import checkpoints, probing
 from ogdopt_harness.training.gradients import Collector
 from ogdopt_harness.training.job import Job

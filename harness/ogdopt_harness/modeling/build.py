@@ -1,0 +1,115 @@
+"""Models: build a fresh one from an architecture, or load one from a folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import utils as transformers_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ogdopt_harness.config.schema import ModelConfig
+from ogdopt_harness.modeling.tokenizer import first_line
+
+PLAIN_ATTENTION = ("sdpa", "eager", "flex_attention")  # which need nothing but torch
+
+
+def architecture(config: ModelConfig, vocab_size: int | None = None, **ids: Any) -> PreTrainedConfig:
+    """The transformers configuration that `config.architecture` describes, with `vocab_size` where it names none.
+
+    Raises ValueError for an unknown architecture, and for a keyword that its class refuses.
+    """
+    kind = str(config.architecture.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.architecture.model_type is {kind!r}; expected an architecture of transformers such as 'mistral', "
+            "'llama' or 'gpt2' (or set model.model_name_or_path)"
+        )
+    options = {} if vocab_size is None else {"vocab_size": vocab_size}
+    options |= {k: v for k, v in config.architecture.items() if k != "model_type"}
+    try:
+        return AutoConfig.for_model(kind, **ids, **options)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.architecture: {kind} refuses it ({reason}); correct that entry") from error
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose tensors have shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, in order. Raises ValueError for a model that keeps none in a list."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} keeps no list of its num_hidden_layers layers; expected a transformer that does")
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A fresh model of `config.architecture`, initialized from `seed`. Raises ValueError for an unknown architecture."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    built = architecture(config, len(tokenizer), **ids)
+    if built.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.architecture.vocab_size is {built.vocab_size}; expected the tokenizer's {len(tokenizer)} tokens or more"
+        )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(built, **attention_of(config))
+    model.generation_config.update(**ids)
+    return model.to(getattr(torch, config.dtype))
+
+
+def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel:
+    """Load a causal language model from a folder or the hub, its weights as `config.dtype`.
+
+    Raises ValueError if there is none, or if it is not what `config.architecture` says.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name_or_path), dtype=getattr(torch, config.dtype), **attention_of(config)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.model_name_or_path: no causal language model at {str(name_or_path)!r} ({first_line(error)}); "
+            "expected a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
+        ) from error
+    if config.architecture:
+        described, unknown = architecture(config), object()
+        for key in config.architecture:
+            expected, found = getattr(described, key, unknown), getattr(model.config, key, unknown)
+            if found != expected:
+                raise ValueError(
+                    f"model.architecture.{key} is {expected!r}, but the model at {str(name_or_path)!r} has "
+                    f"{'no such setting' if found is unknown else repr(found)}; correct the recipe"
+                )
+    return model
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Raises ValueError where attention cannot be computed as `config.attn_implementation` says."""
+    name = config.attn_implementation
+    if name is None or name in PLAIN_ATTENTION:
+        return
+    missing = ""
+    if not name.startswith("flash_attention"):
+        missing = f"there is no such attention; expected flash_attention_2 or one of {', '.join(PLAIN_ATTENTION)}"
+    elif device.type != "cuda":
+        missing = f"it needs a GPU, and this is {device.type}"
+    elif not getattr(transformers_utils, f"is_flash_attn_{name[-1]}_available", lambda: False)():
+        missing = "its package is not installed here (pip install flash-attn, for this torch and GPU)"
+    elif not config.bf16 and config.dtype == "float32":
+        missing = "it computes in 16 bits alone; set model.bf16 to true"
+    if missing:
+        raise ValueError(f"model.attn_implementation is {name!r}: {missing}. Without that option it is sdpa")
+
+
+def attention_of(config: ModelConfig) -> dict[str, Any]:
+    """The keyword of `from_pretrained` that chooses the attention's implementation, where one is chosen."""
+    return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
