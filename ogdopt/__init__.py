@@ -1,8 +1,10 @@
 """Orthogonal gradient descent for preference tuning: winners' likelihood up, losers' not, around any torch optimizer."""
 
+from ogdopt.errors import GradientError, NonFiniteGradient
 from ogdopt.gram import Gram
 from ogdopt.objectives import AlternatingObjective, MaxGapObjective, MixedObjective, SequentialObjective
-from ogdopt.optimizer import GradientError, NonFiniteGradient, PairedGradient, ProjectedGradient, StepReport
+from ogdopt.optimizer import PairedGradient, ProjectedGradient
+from ogdopt.report import StepReport
 
 __all__ = [
     "AlternatingObjective",

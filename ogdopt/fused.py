@@ -160,6 +160,8 @@ BASES: dict[type[Optimizer], Base] = {
 
 def refused(base: Optimizer) -> str:
     """Why a base's step cannot be fused; "" where it can."""
+    if hasattr(base, "bases"):
+        return "several optimizers have no fused form"
     if type(base) not in BASES:
         return f"{type(base).__name__} has no fused form (RMSprop, Adam, AdamW and SGD have)"
     for group in base.param_groups:

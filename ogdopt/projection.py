@@ -185,3 +185,15 @@ def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
     if scope == "tensor":
         return [1] * total
     raise ValueError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
+
+
+RULES: dict[str, Rule] = {
+    "orthogonal": orthogonal,
+    "normalized": normalized,
+    "sum": sum,
+    "mgda": mgda,
+    "pcgrad": pcgrad,
+    "upgrad": upgrad,
+    "watch": watch,
+}
+"""Rules by the names that `PairedGradient(base, "orthogonal")` takes."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ogdopt.gram import Gram
+from ogdopt.gram import Gram, ratio
 
 
 class Totals(NamedTuple):
@@ -21,13 +22,22 @@ class Totals(NamedTuple):
 class StepReport:
     """What one step did. Numbers stay on the device until they are read, and reading one waits for the device."""
 
-    def __init__(self, blocks: Gram, a: Tensor, b: Tensor, losses: dict[str, Tensor], max_norm: float | None) -> None:
+    def __init__(
+        self,
+        blocks: Gram,
+        a: Tensor,
+        b: Tensor,
+        losses: dict[str, Tensor],
+        max_norm: float | Sequence[float | None] | None,
+    ) -> None:
         self.blocks = blocks
         """Gram numbers, one entry a block of the scope (float64 tensors)."""
         self.a, self.b = a, b
         self.losses = losses
         self.max_norm = max_norm
         self.norm = blocks.norm(a, b)
+        self.group_norms: Tensor | None = None
+        """L2 norm of the mixture in each parameter group, where `max_norm` has a limit for each."""
         self.tensors = blocks
         """Gram numbers of each tensor, in the order of the optimizer's parameters, for `diagnostics.by_layer`."""
         self.passes = 0
@@ -39,10 +49,14 @@ class StepReport:
 
     @property
     def scale(self) -> Tensor:
-        """The factor that clipping multiplies the gradient by, shape ()."""
+        """The factor that clipping multiplies the gradient by, shape (); one for each group where each has a limit."""
         if self.max_norm is None:
             return torch.ones_like(self.norm)
-        return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        if not isinstance(self.max_norm, Sequence):
+            return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        norms = self.norm.expand(len(self.max_norm)) if self.group_norms is None else self.group_norms
+        limits = [torch.inf if limit is None else limit for limit in self.max_norm]
+        return (norms.new_tensor(limits) / (norms + 1e-6)).clamp(max=1.0)
 
     @property
     def winner_loss(self) -> float | None:
@@ -62,7 +76,7 @@ class StepReport:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two gradients; 0.0 where one of them is zero or missing."""
-        return self.blocks.pooled([len(self.blocks.ww)]).cosine.item()
+        return self._whole.cosine.item()
 
     @property
     def coefficients(self) -> tuple[float, float] | list[tuple[float, float]]:
@@ -104,12 +118,45 @@ class StepReport:
     @property
     def parallel(self) -> bool:
         """Whether some block's winner gradient was dropped for being parallel to the loser's."""
-        return bool(((self.a == 0) & (self.b == 0) & (self.blocks.ww > 0)).any())
+        return bool(self._dropped.any())
+
+    @property
+    def _dropped(self) -> Tensor:
+        return (self.a == 0) & (self.b == 0) & (self.blocks.ww > 0)
+
+    @property
+    def _whole(self) -> Gram:
+        return self.blocks.pooled([len(self.blocks.ww)])
 
     @property
     def clipped(self) -> bool:
         """Whether the norm was over `max_norm`."""
+        if isinstance(self.max_norm, Sequence):
+            return bool((self.scale < 1).any())
         return self.max_norm is not None and self.norm.item() > self.max_norm
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures as floats, under the names that the harness logs; one wait for the device.
+
+        `ogd/coefficient` is -b, and there where one pair of coefficients was used; losses are there where closures returned
+        them, and `ogd/update_cosine_*` where the change was measured.
+        """
+        figures: dict[str, Tensor] = {"grad_norm": self.norm, "ogd/cosine": self._whole.cosine[0]}
+        if len(self.b) == 1:
+            figures["ogd/coefficient"] = -self.b[0]
+        ww, ll = self.blocks.ww.sum(), self.blocks.ll.sum()
+        figures["ogd/projected_fraction"] = ratio(self.norm, ww.sqrt())
+        figures |= {"ogd/norm_chosen": ww.sqrt(), "ogd/norm_rejected": ll.sqrt(), "ogd/parallel": self._dropped.any()}
+        for side, loss in (("chosen", self.losses.get("winner")), ("rejected", self.losses.get("loser"))):
+            if loss is not None:
+                figures[f"loss/{side}"] = loss
+        if self.change is not None:
+            dw, dl, dd = self.change
+            figures["ogd/update_cosine_chosen"] = ratio(dw, dd.sqrt() * ww.sqrt())
+            figures["ogd/update_cosine_rejected"] = ratio(dl, dd.sqrt() * ll.sqrt())
+        values = torch.stack([x.detach().to(self.norm) for x in figures.values()]).tolist()
+        found = dict(zip(figures, values)) | {"skipped": float(self.skipped)}
+        return found | ({"ogd/passes": float(self.passes)} if self.passes else {})
 
     def __repr__(self) -> str:
         losses = "".join(f"{k}_loss={v.item():.6g}, " for k, v in self.losses.items())

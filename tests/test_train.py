@@ -241,7 +241,7 @@ def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, m
     def poisoned(self, side, *args):
         logps = poison(self, side, *args)
         if self.scheduler.last_epoch == 2:
-            next(iter(self.optimizer._box[side].values())).fill_(float("nan"))
+            next(iter(getattr(self.optimizer._parts.sides, side).values())).fill_(float("nan"))
         return logps
 
     monkeypatch.setattr(Trainer, "_collect_side", poisoned)

@@ -1,0 +1,173 @@
+"""Two gradients that wait, and the one that the base steps on: numbers, rule, mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ogdopt import _after
+from ogdopt import fused as fused_forms
+from ogdopt import metric as own_metric
+from ogdopt._setup import Setup
+from ogdopt._sides import Mixture, Sides
+from ogdopt.distributed import elsewhere, settled, shared
+from ogdopt.errors import GradientError, warn
+from ogdopt.gram import Gram, gram
+from ogdopt.metric import Entry
+from ogdopt.passes import mix_
+from ogdopt.report import StepReport
+
+
+class Mixing:
+    """From what the contexts collected to `p.grad`, or, fused, to the step itself."""
+
+    def __init__(self, setup: Setup, sides: Sides) -> None:
+        self.setup = setup
+        self.sides = sides
+        self.report: StepReport | None = None
+
+    @torch.no_grad()
+    def gathered(self, grad_scale: float = 1.0) -> tuple[list[Entry], StepReport]:
+        """What the contexts left, and what the rule makes of it; nothing is written."""
+        sides = self.sides
+        sides.hide()
+        if sides.active:
+            raise GradientError(f"project() or step() was called inside {sides.active}(); close that context first")
+        if sides.winner is None:
+            raise GradientError("there is no winner's gradient to project; run its backward inside `with opt.winner():` first")
+        if self.setup.options.set_aside == "recompute" and sides.loser is not None:
+            raise GradientError(
+                "set_aside='recompute' runs the winner's pass twice, so it needs step(winner, loser) with two closures; with "
+                "contexts use 'int8' or torch.bfloat16"
+            )
+        groups = {p: group for group in reversed(self.setup.base.param_groups) for p in group["params"]}
+        losers = sides.loser or {}
+        entries = [Entry(groups[p], p, sides.winner.get(p), losers.get(p)) for p in self.setup.parameters()]
+        self.report = report = self.measure(entries, sides.loser is not None, grad_scale)
+        return entries, report
+
+    def measure(
+        self, entries: list[Entry], paired: bool, grad_scale: float = 1.0, rows: Sequence[Tensor] | None = None
+    ) -> StepReport:
+        """The numbers of two gradients, over all ranks, and the rule's coefficients."""
+        setup, sides, options = self.setup, self.sides, self.setup.options
+        losses = list(sides.losses.values())
+        loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
+        ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
+        if paired and options.process_group is None and setup.once("idle"):
+            self._warn_of_idle([e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None])
+        expected = (sides.winner is not None, sides.loser is not None)
+        rows = setup.compiled(fused_forms.rows, ws, ls) if rows is None and paired else rows
+        tensors = gram(ws, ls, options.process_group, loss, entries[0].p.device, expected, rows)
+        sides.measured = blocks = tensors.pooled(setup.block_sizes())
+        # Without a loser there is nothing to weigh against, whatever the rule.
+        a, b = options.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
+        report = self._report(tensors, blocks, a, b)
+        if paired and options.metric == "optimizer" and report.norm.isfinite():
+            report = self._in_own_metric(entries, tensors, report, grad_scale)
+        return report
+
+    def _report(self, tensors: Gram, blocks: Gram, a: Tensor, b: Tensor) -> StepReport:
+        setup = self.setup
+        report = StepReport(blocks, a, b, dict(self.sides.losses), setup.options.max_norm)
+        report.tensors = tensors
+        if setup.options.limits(setup.base) is not None:
+            report.group_norms = tensors.norms(*setup.coefficients(report), setup.group_sizes())
+        return report
+
+    def _in_own_metric(self, entries: list[Entry], tensors: Gram, report: StepReport, grad_scale: float) -> StepReport:
+        """The report with the coefficients of `metric="optimizer"`."""
+        blocks, a, max_norm = report.blocks, report.a, self.setup.options.max_norm
+        assert not isinstance(max_norm, Sequence)
+
+        def scale(c: Tensor) -> float:
+            norm = blocks.norm(a, -c.to(a)).item() / grad_scale
+            return (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
+
+        ranks = shared([entry.p for entry in entries], self.setup.options.process_group)
+        root = own_metric.coefficients(self.setup.base, entries, self.setup.block_sizes(), blocks, scale, ranks)
+        solved = self._report(tensors, blocks, a, a * -root.c.to(a))
+        solved.passes, solved.inexact = root.passes, not root.exact
+        return solved
+
+    def _warn_of_idle(self, idle: list[Tensor]) -> None:
+        """Warn about trainable parameters that neither loss uses."""
+        if idle:
+            shown = self.setup.name_of(idle[:5])
+            warn(
+                f"{len(idle)} trainable parameters got a gradient from neither loss: {', '.join(shown)}"
+                f"{', ...' if len(idle) > 5 else ''}. The base keeps no state for them, and a distributed checkpoint of it "
+                "may not load for want of that; freeze them (requires_grad_(False)) or leave them out of the optimizer"
+            )
+
+    @torch.no_grad()
+    def mix(self, entries: list[Entry], report: StepReport, clip: bool = True, grad_scale: float = 1.0) -> None:
+        """Put the mixture into p.grad."""
+        setup, sides = self.setup, self.sides
+        a, b = setup.coefficients(report)
+        if clip:
+            a, b = a * setup.clips(report), b * setup.clips(report)
+        alone = [e if e.w is not None or e.l is None else e._replace(w=torch.zeros_like(e.p)) for e in entries]
+        present = [(k, e) for k, e in enumerate(alone) if e.w is not None]
+        places = [k for k, _ in present]
+        if not setup.compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
+            cancels = a.device.type != "cpu" or report.blocks.cancels(report.a, report.b)
+            for k, (_, _, w, l) in present:
+                assert w is not None
+                mix_(w, l, a[k], b[k], cancels)
+        for _, e in present:
+            e.p.grad = e.w
+        again = sides.loser is not None and (setup.options.measure_change or setup.options.metric == "optimizer")
+        measured = sides.measured
+        sides.forget()
+        sides.measured = measured
+        sides.mixture = Mixture([*entries] if again else [], report, grad_scale, torch.ones_like(report.norm))
+
+    @torch.no_grad()
+    def step_fused(self, entries: list[Entry], report: StepReport) -> bool:
+        """Mix and step the base in one pass, p.grad left empty; False where that cannot be."""
+        setup, options = self.setup, self.setup.options
+        if not options.fused:
+            return False
+        why = fused_forms.refused(setup.base) or _after.foreign_hooks(setup.base)
+        if options.metric == "optimizer":
+            why = "metric='optimizer' needs the gradient that the base gets, which a fused step does not write"
+        if why:
+            setup.tell_unfused(why)
+            return False
+        a, b = (x * setup.clips(report) for x in setup.coefficients(report))
+        watched = options.measure_change and self.sides.loser is not None
+        before = _after.copies(entries) if watched else []
+        if not setup.compiled(fused_forms.step, setup.base, entries, a, b):
+            return False
+        setup.base._opt_called = True  # type: ignore[attr-defined]  # schedulers of the base ask for it
+        if watched:
+            report.change = _after.change_of(entries, before, options.process_group).sum(0)
+        return True
+
+    @torch.no_grad()
+    def adopt(self) -> StepReport:
+        """Take what is in p.grad as it is (a projected gradient, unscaled or not, or a plain one), and clip it."""
+        parameters = self.setup.parameters()
+        for p in parameters:
+            if p.grad is not None:
+                p.grad = settled(p.grad, p)
+        entries = [Entry({}, p, p.grad, None) for p in parameters]
+        if all(entry.w is None for entry in entries) and not elsewhere(parameters, self.setup.options.process_group):
+            empty = torch.zeros(1, dtype=torch.float64, device="cpu")
+            report = StepReport(Gram(empty, empty, empty), empty + 1, empty, {}, None)
+        else:
+            report = self.measure(entries, paired=False)
+            if self.setup.options.max_norm is not None:
+                for entry, factor in zip(entries, self.setup.clips(report)):
+                    if entry.w is not None:
+                        mix_(entry.w, None, factor, factor)
+        mixture = self.sides.mixture
+        if mixture is not None:  # the numbers of project() say what the two gradients were; the norm is the present one
+            mixture.factor = (report.norm / mixture.report.norm).nan_to_num(1.0)
+            present, report = report, mixture.report
+            report.norm, report.group_norms = present.norm, present.group_norms
+        self.report = report
+        return report
