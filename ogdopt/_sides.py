@@ -231,7 +231,7 @@ class Sides:
 
     def run_alone(self, closure: Closure) -> bool:
         """Run a lone closure, which may open contexts itself; False if it did nothing, as Lightning's manual mode has it."""
-        waiting, mixture, left = self.waiting, self.mixture, self._gradients()
+        waiting, mixture, left = self.waiting, self.mixture, bool(self._gradients())
         if mixture is not None:  # a new backward pass must not be added to it
             held = [(p, p.grad) for p in self.setup.parameters() if p.grad is not None]
             for p, _ in held:
@@ -241,7 +241,7 @@ class Sides:
         try:
             with torch.enable_grad():
                 loss = closure()
-                untouched = self._gradients() == before
+                untouched = self._untouched(before)
                 if loss is None and untouched and left:
                     if mixture is not None:
                         for p, g in held:
@@ -276,11 +276,16 @@ class Sides:
         if isinstance(loss, (Tensor, float, int)):
             self.losses[side] = torch.as_tensor(loss).detach().sum()
 
-    def _gradients(self) -> list[tuple[int, int]]:
-        """Every gradient that is there, with its version, to be compared with what is there later."""
+    def _gradients(self) -> list[tuple[Any, int]]:
+        """Every gradient that is there, with its version; held on to, so that no later one takes its address."""
         waiting = [g for side in (self.winner, self.loser) for g in (side or {}).values()]
         present = [p.grad for p in self.setup.parameters() if p.grad is not None]
-        return [(id(g), getattr(g, "_version", 0)) for g in (*waiting, *present)]
+        return [(g, getattr(g, "_version", 0)) for g in (*waiting, *present)]
+
+    def _untouched(self, before: list[tuple[Any, int]]) -> bool:
+        """Whether the gradients are those of a moment before."""
+        now = self._gradients()
+        return len(now) == len(before) and all(x is y and m == n for (x, m), (y, n) in zip(now, before))
 
     # ---- what ranks found ------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ PLAIN = (
 )
 
 
+LONE = 20
+"""Steps with one closure, and never one with two sides, before they are taken for a mistake."""
+
+
 class _Parts:
     """Everything that a paired optimizer holds; one object, so that a class that re-dresses it (Lightning does) shares it."""
 
@@ -43,6 +47,7 @@ class _Parts:
         self.sides = Sides(self.setup)
         self.mixing = Mixing(self.setup, self.sides)
         self.skipped = 0
+        self.lone_closures = 0
         if hasattr(base, "_optimizer_step_pre_hooks") or hasattr(base, "bases"):  # some never called Optimizer.__init__
             base.register_step_pre_hook(_after.Guard(self.sides))  # copies come here too: Optimizer.__getstate__ drops hooks
 
@@ -224,8 +229,7 @@ class PairedGradient(Wrapper):
     def _run(self, winner: Closure | None, loser: Closure | None) -> Closure | None:
         """Run the closures; the winner's is given back where it must run twice."""
         sides, setup = self._parts.sides, self._parts.setup
-        plain = not sides.waiting and sides.mixture is None and loser is None
-        plain = plain and (winner is not None or any(p.grad is not None for p in setup.parameters()))
+        plain = not sides.waiting and sides.mixture is None and any(p.grad is not None for p in setup.parameters())
         if winner is not None and loser is not None:
             setup.once("plain")
             if sides.waiting:
@@ -237,7 +241,9 @@ class PairedGradient(Wrapper):
                 return winner
             sides.run("winner", winner)
         elif winner is not None:
-            sides.run_alone(winner)
+            # A schedule of objectives takes steps of one side, a trainer that knows nothing of two never another.
+            self._parts.lone_closures += sides.run_alone(winner)
+            plain = self._parts.lone_closures >= LONE
         # A learning rate of 0 is how torch's distributed checkpoints make a state to load into.
         if plain and any(group.get("lr", 1) != 0 for group in self.param_groups) and setup.once("plain"):
             warn(PLAIN)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ogdopt import GradientError, PairedGradient, ProjectedGradient
+from ogdopt.optimizer import LONE
 from ogdopt.projection import RULES, interval, normalized, orthogonal, watch
 from tests.gradients import norm
 from tests.test_optimizer import gradients, toy, vector
@@ -300,13 +301,17 @@ def test_a_projector_that_never_sees_two_sides_says_so_once():
         opt.step()
 
 
-def test_a_closure_with_one_side_says_so_too():
+def test_a_trainer_that_gives_one_closure_for_ever_is_told_too():
     _, opt, winner, _ = toy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(LONE - 1):
+            opt.step(winner)
     with pytest.warns(UserWarning, match="plain step of the base"):
         opt.step(winner)
 
 
-@pytest.mark.parametrize("way", ["two closures", "contexts", "winner's context alone", "lr 0", "nothing"])
+@pytest.mark.parametrize("way", ["two closures", "contexts", "winner's context alone", "schedule", "lr 0", "nothing"])
 def test_who_gives_two_sides_or_means_one_hears_nothing(way):
     _, opt, winner, loser = toy()
     with warnings.catch_warnings():
@@ -323,6 +328,9 @@ def test_who_gives_two_sides_or_means_one_hears_nothing(way):
             with opt.winner():
                 winner().backward()
             opt.step()
+        elif way == "schedule":
+            for k in range(2 * LONE):
+                opt.step(winner, *([loser] if k % LONE == 1 else []))
         elif way == "lr 0":  # how torch's distributed checkpoints make a state
             opt.param_groups[0]["lr"] = 0.0
             winner().backward()
@@ -350,7 +358,9 @@ def test_several_optimizers_share_one_projection_and_one_clip(options):
     model, opt, winner, loser = both(**options)
     reference, _, w2, x2 = toy()
     got = opt.step(winner, loser)
-    whole = ProjectedGradient(SGD(reference.parameters(), lr=1.0), set_aside=options.get("set_aside") and "int8")
+    whole = ProjectedGradient(
+        SGD(reference.parameters(), lr=1.0), set_aside="int8" if options.get("set_aside") == "int8" else None
+    )
     with whole.loser():
         x2().backward()
     with whole.winner():
