@@ -22,7 +22,7 @@ class Setup:
     def __init__(self, base: Optimizer, options: Options) -> None:
         self.base = base
         self.options = options
-        self.unfused = ""
+        self.unfused: str = ""
         self._uncompiled = False
         self._told: set[str] = set()
 

@@ -51,7 +51,7 @@ class Sides:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.running = False
+        self.running: bool = False
         self.forget()
 
     def forget(self) -> None:

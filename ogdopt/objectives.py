@@ -56,8 +56,8 @@ class Objective:
         total = math.fsum(weights.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"weights {dict(weights)} sum to {total:g}; expected 1: divide each by {total:g}")
-        self.weights = {name: float(weights[name]) for name in sorted(weights)}
-        self.step = 0
+        self.weights: dict[str, float] = {name: float(weights[name]) for name in sorted(weights)}
+        self.step: int = 0
         """Steps taken."""
 
     def __call__(self, closures: Closures) -> Tensor:
@@ -121,7 +121,8 @@ class MixedObjective(Objective):
         """Run every closure that has a weight and return the weighted sum, shape ()."""
         self._check(closures)
         terms = [self.weights[name] * _loss(name, closures[name]()) for name in self.active]
-        self.step, self.chosen = self.step + 1, tuple(self.active)
+        self.step += 1
+        self.chosen: str | tuple[str, ...] | None = tuple(self.active)
         return sum(terms[1:], start=terms[0])
 
 
@@ -207,7 +208,7 @@ class SequentialObjective(OneAtATime):
             raise ValueError(f"phases is {phases!r}; expected {{name: steps}} with whole numbers from 0 on, not all of them 0")
         total = sum(phases.values())
         super().__init__({name: steps / total for name, steps in phases.items()})
-        self.phases = dict(phases)
+        self.phases: dict[str, int] = dict(phases)
 
     def _next(self, closures: Numbers | None) -> str:
         last, end = "", 0
@@ -275,8 +276,8 @@ class MaxGapObjective(OneAtATime):
             raise ValueError(f"optima {bad} are not finite; expected the least loss that each objective can reach")
         if not (evaluate_every in (None, -1) or (isinstance(evaluate_every, int) and evaluate_every >= 1)):
             raise ValueError(f"evaluate_every is {evaluate_every!r}; expected 1 or more steps, or None for never again")
-        self.optima = {name: float(optima[name]) for name in self.active}
-        self.evaluate_every = None if evaluate_every == -1 else evaluate_every
+        self.optima: dict[str, float] = {name: float(optima[name]) for name in self.active}
+        self.evaluate_every: int | None = None if evaluate_every == -1 else evaluate_every
         self.process_group = process_group
         self._losses: dict[str, float] = {}
         self._message: _Message | None = None

@@ -43,11 +43,11 @@ class _Parts:
     """Everything that a paired optimizer holds; one object, so that a class that re-dresses it (Lightning does) shares it."""
 
     def __init__(self, base: Optimizer, options: Options) -> None:
-        self.setup = Setup(base, options)
-        self.sides = Sides(self.setup)
-        self.mixing = Mixing(self.setup, self.sides)
-        self.skipped = 0
-        self.lone_closures = 0
+        self.setup: Setup = Setup(base, options)
+        self.sides: Sides = Sides(self.setup)
+        self.mixing: Mixing = Mixing(self.setup, self.sides)
+        self.skipped: int = 0
+        self.lone_closures: int = 0
         if hasattr(base, "_optimizer_step_pre_hooks") or hasattr(base, "bases"):  # some never called Optimizer.__init__
             base.register_step_pre_hook(_after.Guard(self.sides))  # copies come here too: Optimizer.__getstate__ drops hooks
 

@@ -32,10 +32,11 @@ class StepReport:
     ) -> None:
         self.blocks = blocks
         """Gram numbers, one entry a block of the scope (float64 tensors)."""
-        self.a, self.b = a, b
+        self.a: Tensor = a
+        self.b: Tensor = b
         self.losses = losses
         self.max_norm = max_norm
-        self.norm = blocks.norm(a, b)
+        self.norm: Tensor = blocks.norm(a, b)
         self.group_norms: Tensor | None = None
         """L2 norm of the mixture in each parameter group, where `max_norm` has a limit for each."""
         self.tensors = blocks

@@ -27,9 +27,13 @@ class Stored:
 
     def __init__(self, g: Tensor, form: SetAside) -> None:
         self.form = form
-        self.device_mesh, self.placements = getattr(g, "device_mesh", None), getattr(g, "placements", None)
+        self.device_mesh: Any = getattr(g, "device_mesh", None)
+        self.placements: Any = getattr(g, "placements", None)
         part = local(g)
-        self.shape, self.dtype, self.device = part.shape, part.dtype, part.device
+        self.shape: torch.Size = part.shape
+        self.dtype: torch.dtype = part.dtype
+        self.device: torch.device = part.device
+        self.values: Tensor
         self.scales: Tensor | None = None
         flat = part.reshape(-1)
         if form == "int8":

@@ -50,7 +50,7 @@ class ThreeD:
     def __init__(self, thresholds: Thresholds | None = None, window: int = 5) -> None:
         if window < 1:
             raise ValueError(f"window is {window}; expected the number of observations that rates are taken over, 1 or more")
-        self.thresholds = thresholds or Thresholds()
+        self.thresholds: Thresholds = thresholds or Thresholds()
         self.window = window
         self.warnings: dict[str, str] = {}
         self._seen: list[tuple[float, float, float]] = []  # (step, chosen, rejected)

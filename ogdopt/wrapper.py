@@ -136,7 +136,7 @@ class Several(Optimizer):
     """
 
     def __init__(self, bases: Sequence[Optimizer]) -> None:
-        self.bases = tuple(bases)
+        self.bases: tuple[Optimizer, ...] = tuple(bases)
         seen: set[Tensor] = set()
         for base in self.bases:
             mine = {p for group in base.param_groups for p in group["params"]}
@@ -266,7 +266,7 @@ class Several(Optimizer):
         return {"bases": self.bases}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.bases = state["bases"]
+        self.__init__(state["bases"])
 
     def __repr__(self) -> str:
         return f"[{', '.join(map(repr, self.bases))}]"
