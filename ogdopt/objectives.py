@@ -98,6 +98,10 @@ class Objective:
         chosen = state_dict["chosen"]
         self.chosen = tuple(chosen) if isinstance(chosen, list) else chosen  # JSON has no tuples
 
+    def _took(self, chosen: str | tuple[str, ...]) -> None:
+        self.step += 1
+        self.chosen = chosen
+
     def _check(self, closures: Numbers) -> None:
         missing, unknown = [n for n in self.active if n not in closures], [n for n in closures if n not in self.weights]
         if missing or unknown:
@@ -121,8 +125,7 @@ class MixedObjective(Objective):
         """Run every closure that has a weight and return the weighted sum, shape ()."""
         self._check(closures)
         terms = [self.weights[name] * _loss(name, closures[name]()) for name in self.active]
-        self.step += 1
-        self.chosen: str | tuple[str, ...] | None = tuple(self.active)
+        self._took(tuple(self.active))
         return sum(terms[1:], start=terms[0])
 
 
@@ -147,9 +150,9 @@ class OneAtATime(Objective):
         """
         if closures is not None:
             self._check(closures)
-        self.chosen = self._next(closures)
-        self.step += 1
-        return self.chosen
+        chosen = self._next(closures)
+        self._took(chosen)
+        return chosen
 
     def observe(self, name: str, loss: Tensor | float) -> None:
         """Hear the loss of an objective, shape (). Changes nothing but in `MaxGapObjective`.
