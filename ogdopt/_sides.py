@@ -123,7 +123,7 @@ class Sides:
         if self.winner is not None and self.setup.options.process_group is None:
             for p, g in self.winner.items():
                 p.grad = g
-                self._shown[p] = g._version
+                self._shown[p] = _version(g)
 
     def hide(self) -> None:
         """Take the winner's gradient out of `p.grad` again, as others left it there."""
@@ -136,7 +136,7 @@ class Sides:
         changed = False
         for p, version in shown.items():
             g, p.grad = p.grad, None
-            changed = changed or g is None or g is not self.winner[p] or g._version != version
+            changed = changed or g is None or g is not self.winner[p] or _version(g) != version
             if g is None:
                 del self.winner[p]
             else:
@@ -280,7 +280,7 @@ class Sides:
         """Every gradient that is there, with its version; held on to, so that no later one takes its address."""
         waiting = [g for side in (self.winner, self.loser) for g in (side or {}).values()]
         present = [p.grad for p in self.setup.parameters() if p.grad is not None]
-        return [(g, getattr(g, "_version", 0)) for g in (*waiting, *present)]
+        return [(g, _version(g)) for g in (*waiting, *present)]
 
     def _untouched(self, before: list[tuple[Any, int]]) -> bool:
         """Whether the gradients are those of a moment before."""
@@ -315,6 +315,11 @@ def raise_one_graph(side: Side, error: BaseException) -> None:
     """Raise GradientError for torch's complaint about a graph that is gone."""
     if isinstance(error, RuntimeError) and "through the graph a second time" in str(error):
         raise GradientError(ONE_GRAPH.format(side=side)) from error
+
+
+def _version(g: Any) -> int:
+    """How often a gradient was written; a DTensor does not count, its local part does."""
+    return getattr(getattr(g, "_local_tensor", g), "_version", 0)
 
 
 def _all_zero(parameters: list[Tensor]) -> bool:

@@ -97,6 +97,8 @@ LAYOUTS = [
     (2, "fsdp1_params", "mistral"),
     (2, "fsdp1_accumulate", "mistral"),
     (2, "fsdp1_no_shard", "mistral"),
+    (2, "fsdp2_several", "mistral"),
+    (2, "ddp_several", "mistral"),
     (2, "tp_mixed", "mistral"),
     (2, "tp_sequence", "block"),
     (4, "hsdp", "mistral"),
@@ -268,6 +270,15 @@ def test_misuse_is_refused_on_every_rank_alike(world, ranks, case, message):
         assert result["error"] == ("ValueError" if case == "mesh_slice" else "GradientError"), result["text"]
         assert re.search(message, result["text"], re.DOTALL), result["text"]
     assert len({result["text"] for result in results}) == 1
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+def test_clipping_by_hand_between_contexts_and_step_works_on_many_ranks(world, layout):
+    """torch's clip sees the whole winner's gradient, and bounds the step; each rank tells it."""
+    seen = alone("mistral")["numbers"][0]["scalars"][0] ** 0.5
+    for found in world(2, f"by_hand_{layout}"):
+        assert found["seen"] == pytest.approx(seen, rel=1e-5)
+        assert 0 < found["moved"] <= 1.001e-3 and found["told"] == 1
 
 
 def test_ranks_that_train_models_of_their_own_each_reduce_alone(world):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
@@ -546,6 +547,31 @@ def spoiled_here(kind, model, mine, pick, value):
     return {"skipped": report.skipped, "still": torch.equal(vector(model), before)}
 
 
+def halves(parameters, **options):
+    """Two optimizers that share the parameters between them."""
+    return [torch.optim.RMSprop(parameters[i::2], **options) for i in (0, 1)]
+
+
+def clipped_by_hand(kind, model, mine):
+    """clip_grad_norm_ between the contexts and step(): how far the model moved, what the clip saw, what was told."""
+    opt = optimizer(model, lr=1.0)
+    winner, loser = closures(kind, model, mine)
+    before = vector(model)
+    for context, closure in ((opt.loser, loser), (opt.winner, winner)):
+        with context():
+            closure().backward()
+    seen = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    seen = seen.full_tensor() if isinstance(seen, DTensor) else seen
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        opt.step()
+    return {
+        "moved": (vector(model) - before).norm().item(),
+        "seen": seen.item(),
+        "told": sum("call project() first" in str(w.message) for w in told),
+    }
+
+
 def stepped_inside():
     model = sharded("toy")
     opt = optimizer(model)
@@ -582,6 +608,8 @@ def pairs():
         "fsdp1_params": lambda: train("mistral", fsdp1(use_orig_params=True), share(), **world()),
         "fsdp1_accumulate": lambda: train("mistral", fsdp1(use_orig_params=True), share(), micro=2, **world()),
         "fsdp1_no_shard": lambda: train("mistral", fsdp1(strategy="NO_SHARD", use_orig_params=True), share()),
+        "fsdp2_several": lambda: train("mistral", sharded("mistral"), share(), base=halves),
+        "ddp_several": lambda: train("mistral", ddp(), share(), base=halves),
         "tp_mixed": lambda: train("mistral", tensor_parallel_mistral(), whole),
         "tp_sequence": lambda: train("block", tensor_parallel_block(), whole),
     }
@@ -603,6 +631,10 @@ def pairs():
         "gathered_bf16": lambda: against_gathered("mistral", sharded("mistral", mp_policy=policy), share()),
         "gathered_bf16_reduce": lambda: against_gathered("mistral", sharded("mistral", mp_policy=half), share()),
         "gathered_tp_sequence": lambda: against_gathered("block", tensor_parallel_block(), whole),
+    }
+    numbers |= {
+        "by_hand_fsdp2": lambda: clipped_by_hand("mistral", sharded("mistral"), share()),
+        "by_hand_ddp": lambda: clipped_by_hand("mistral", ddp(gradient_as_bucket_view=True), share()),
     }
     counts = {
         "count_fsdp2": lambda: count("mistral", sharded("mistral"), share()),
