@@ -25,7 +25,7 @@ from ogdopt import native
 from ogdopt.distributed import local
 from ogdopt.metric import Entry
 from ogdopt.native import Unavailable
-from ogdopt.passes import mix_, products
+from ogdopt.passes import ROUNDS_ONCE, mix_, products
 from ogdopt.stored import Stored
 
 BLOCK = 1024
@@ -48,7 +48,7 @@ REFUSED = ("amsgrad", "centered", "maximize", "capturable", "differentiable")
 
 def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ww, wl, ll, float64."""
-    if w.device.type == "cpu":
+    if w.device.type == "cpu" and ROUNDS_ONCE:  # without vectors a block would be one chain of roundings, to no gain
         x, y = w.float(), l.float()
         return (x * x).sum(-1).double().sum(), (x * y).sum(-1).double().sum(), (y * y).sum(-1).double().sum()
     x, y = w.double(), l.double()
@@ -58,13 +58,15 @@ def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
     """c[3] (c[0] w + (c[1] + c[2]) l), float32, with c[0] 0 or 1.
 
-    Where both cancel, w + c[1] l is small and rounded accordingly, if the compiler multiplies and adds in one instruction.
+    Where both cancel, w + c[1] l is small and rounded accordingly, if the compiler multiplies and adds in one instruction. A
+    CPU that has none such sums in float64.
     """
-    x = torch.where(c[0] != 0, w.float(), 0.0)
+    wide = torch.float64 if w.device.type == "cpu" and not ROUNDS_ONCE else torch.float32
+    x = torch.where(c[0] != 0, w.to(wide), 0.0)
     if l is not None:
-        y = l.float()
+        y = l.to(wide)
         x = x + y * c[1] + y * c[2]
-    return x * c[3]
+    return (x * c[3]).float()
 
 
 def rmsprop(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:

@@ -20,6 +20,15 @@ CPU_CHUNK = 1 << 16  # two float64 scratch buffers of 512 KiB, and the metric's 
 GPU_CHUNK = 1 << 24  # fewer kernel launches; 128 MiB a buffer
 
 
+def _rounds_once() -> bool:
+    y = torch.full((67,), 1 + 2.0**-12, device="cpu")  # its square is 1 + 2^-11 + 2^-24, whose last digit a float32 has not
+    return bool((torch.full((67,), -1.0, device="cpu").add_(y, alpha=1 + 2.0**-12) > 2.0**-11).all())
+
+
+ROUNDS_ONCE = _rounds_once()
+"""Whether this processor, as torch uses it, multiplies and adds in one instruction, so that a product is not rounded first."""
+
+
 def products(w: Tensor | None, l: Tensor | None) -> Tensor:
     """(ww, wl, ll) of one tensor's local part."""
     some = w if w is not None else l
@@ -42,6 +51,7 @@ def mix_(winner: Tensor, loser: Tensor | None, a: Tensor, b: Tensor, cancels: bo
     What is left of <u, g_l> is the rounding of single elements and not that of the coefficient: the sum is formed in float64
     chunk by chunk and rounded once. Where the two are known not to cancel (`cancels=False`), so that a rounding of the winner
     is one of the sum too, float32 on a CPU is summed as a (winner + b/a loser), with b/a in two parts: a third of the time.
+    A processor that rounds products before it adds them would leave their rounding where single elements cancel: not there.
     """
     w = local(winner)
     if loser is None:
@@ -61,7 +71,7 @@ def _mix_float32(w: Tensor, l: Tensor, a: float, b: float) -> bool:
     if (a, b) == (1.0, 0.0):
         return True
     plain = w.dtype == l.dtype == torch.float32 and w.is_contiguous() and l.is_contiguous()
-    if not plain or a == 0 or not abs(b) < 1e30 * abs(a):
+    if not plain or not ROUNDS_ONCE or a == 0 or not abs(b) < 1e30 * abs(a):
         return False
     ratio = b / a
     digits, exponent = math.frexp(ratio)

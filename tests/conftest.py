@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 settings.register_profile("house", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("house")
 
