@@ -318,8 +318,8 @@ def raise_one_graph(side: Side, error: BaseException) -> None:
 
 
 def _version(g: Any) -> int:
-    """How often a gradient was written; a DTensor does not count, its local part does."""
-    return getattr(getattr(g, "_local_tensor", g), "_version", 0)
+    """How often a gradient was written; torch does not count what is written to a DTensor in place."""
+    return getattr(g, "_version", 0)
 
 
 def _all_zero(parameters: list[Tensor]) -> bool:

@@ -274,11 +274,11 @@ def test_misuse_is_refused_on_every_rank_alike(world, ranks, case, message):
 
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
 def test_clipping_by_hand_between_contexts_and_step_works_on_many_ranks(world, layout):
-    """torch's clip sees the whole winner's gradient, and bounds the step; each rank tells it."""
+    """torch's clip sees the whole winner's gradient, and bounds the step; each rank tells it, but of DTensors."""
     seen = alone("mistral")["numbers"][0]["scalars"][0] ** 0.5
     for found in world(2, f"by_hand_{layout}"):
         assert found["seen"] == pytest.approx(seen, rel=1e-5)
-        assert 0 < found["moved"] <= 1.001e-3 and found["told"] == 1
+        assert 0 < found["moved"] <= 1.001e-3 and found["told"] == (layout == "ddp")
 
 
 def test_ranks_that_train_models_of_their_own_each_reduce_alone(world):
