@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from ogdopt_harness.config.schema import DataConfig, LoraConfig, parse
+from ogdopt_harness.config.schema import Config, DataConfig, LoraConfig, ModelConfig, parse
 from ogdopt_harness.data.examples import collate
 from ogdopt_harness.modeling.adapters import adapted, bare, merged
 from ogdopt_harness.modeling.export import export
@@ -185,8 +185,8 @@ def test_mistakes_are_named(tok, monkeypatch):
     with pytest.raises(ValueError, match=r"model\.lora needs the package peft, which is not installed; install it"):
         adapted(model, LORA, 0)
     for wrong in ({"r": 0}, {"lora_alpha": 0}, {"lora_dropout": 1.0}, {"target_modules": []}):
-        with pytest.raises(ValueError, match=r"model\.lora is r .*; expected r >= 1"):
-            LoraConfig(**wrong)
+        with pytest.raises(ValueError, match=rf"model\.lora\.{next(iter(wrong))} is .*; expected"):
+            Config(model=ModelConfig("somewhere", lora=LoraConfig(**wrong)))
 
 
 def test_options_on_the_command_line():

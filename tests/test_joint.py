@@ -267,7 +267,7 @@ def test_a_study_without_supervised_rows_ends_before_it_starts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.0}, r"joint.beta is 0.0; expected a positive number"),
+        ({"beta": 0.0}, r"joint.beta is 0.0; expected more than 0"),
         ({"optima": {"sft": 1.0}}, r"joint.optima is \{'sft': 1.0\}; expected \{preference: x, sft: y\}"),
         (
             {"train_batch_size": 96},
@@ -276,7 +276,7 @@ def test_a_study_without_supervised_rows_ends_before_it_starts():
         ({"train_batch_size": 0}, r"joint.train_batch_size is 0; expected 1 or more, or null"),
         ({"objective_rows": 0}, r"joint.objective_rows is 0; expected 1 or more$"),
         ({"optima_epochs": 0}, r"joint.optima_epochs is 0; expected 1 or more, or null"),
-        ({"stop_gap": -1e-4}, r"joint.stop_gap is -0.0001; expected 0.0 or more, or null"),
+        ({"stop_gap": -1e-4}, r"joint.stop_gap is -0.0001; expected 0 or more, or null"),
         ({"stop_pareto": [[0.1]]}, r"joint.stop_pareto is \[\[0.1\]\]; expected a list of pairs \[preference, sft\], or null"),
     ],
 )
@@ -288,4 +288,4 @@ def test_options_out_of_range(options, message):
 
 def test_train_batch_size_out_of_range():
     with pytest.raises(ValueError, match=r"train_batch_size is 96; expected a multiple"):
-        PreferenceConfig(train_batch_size=96)
+        Config(preference=PreferenceConfig(train_batch_size=96))

@@ -101,8 +101,8 @@ def test_learning_rates_are_numbers():
     ("make", "message"),
     [
         (
-            lambda: StageConfig(train_batch_size=10, per_device_train_batch_size=4),
-            "train_batch_size is 10; expected a multiple",
+            lambda: Config(sft=StageConfig(train_batch_size=10, per_device_train_batch_size=4)),
+            r"^sft.train_batch_size is 10; expected a multiple of per_device_train_batch_size \(4\)$",
         ),
         (lambda: parse([]).study.__class__(seeds=[1, 1]), r"study.seeds is \[1, 1\]"),
         (lambda: parse([]).study.__class__(name="x\n"), "study.name is"),

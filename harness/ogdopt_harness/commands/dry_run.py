@@ -43,8 +43,9 @@ from ogdopt_harness.modeling.memory import (
     trained_parameters,
 )
 from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
+from ogdopt_harness.pipeline.preflight import preflight
 from ogdopt_harness.training.job import Plan
-from ogdopt_harness.training.methods import METHODS, RunSpec, runs
+from ogdopt_harness.training.methods import METHODS, RunSpec
 from ogdopt_harness.training.trainer import schedule
 
 SHOWN = 2  # rows shown of each data set
@@ -79,8 +80,8 @@ class DryRun:
         self.given, self.world_size, self.say, self.scratch = config, world_size, say, scratch
         self.mistakes: list[str] = []
         self.unchecked: list[str] = []
+        self.specs = preflight(config)
         self.config = located(config, str(scratch / "data"), config.study.seeds[0])
-        self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
         self.tokenizer: Any = None
         self.rows: dict[tuple[Kind, Part], Rows] = {}
         self.shape: Shape | None = None
@@ -367,15 +368,9 @@ def out_of_reach(error: BaseException | None) -> bool:
 def rates(stage: StageConfig, steps: int) -> list[tuple[int, float]]:
     """(step, learning rate) at the first step, behind the warm-up, in the middle and at the last, as runs have it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
-    scheduler = schedule(stage, optimizer, steps)
+    factor = schedule(stage, optimizer, steps).lr_lambdas[0]  # type: ignore[attr-defined]
     shown = sorted({1, min(stage.warmup(steps) + 1, steps), steps // 2 + 1, steps})
-    found = []
-    for step in range(1, steps + 1):
-        if step in shown:
-            found.append((step, float(scheduler.get_last_lr()[0])))
-        optimizer.step()
-        scheduler.step()
-    return found
+    return [(step, stage.learning_rate * factor(step - 1)) for step in shown]
 
 
 def kinds_of(specs: Sequence[RunSpec]) -> list[tuple[str, bool, int]]:

@@ -26,6 +26,8 @@ from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.config import ranges
+from ogdopt_harness.config.schema import check_device
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
 from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, identity, load_words, pretrained
 from ogdopt_harness.pipeline.manifest import record
@@ -59,10 +61,8 @@ class GenerateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.max_new_tokens, self.batch_size, self.limit or 1) < 1:
-            raise ValueError(
-                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}, limit {self.limit}; expected 1 or more"
-            )
+        ranges.check(self)
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

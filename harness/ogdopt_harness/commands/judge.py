@@ -26,6 +26,7 @@ from ogdopt_harness.analysis.winrate import length_controlled, win_rate
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.tables import NONE, Table, interval, number, percent
+from ogdopt_harness.config import ranges
 from ogdopt_harness.evaluation.answer_files import Answer, Messages, read_answers
 from ogdopt_harness.evaluation.endpoint import LETTERS, PRICES, Endpoint, Prices, RefusedError
 
@@ -74,6 +75,9 @@ class JudgeConfig:
     """Bootstrap draws."""
     confidence: float = 0.95
 
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
 
 class Game(NamedTuple):
     """One prompt with both answers in one order; the model's answer is A unless `swapped`."""
@@ -101,10 +105,6 @@ def judge(baseline: Path, models: Sequence[Path], config: JudgeConfig) -> list[d
     Raises ValueError for answers to other prompts, for an estimate above the budget, at the limit, and where the judge fails
     for good; what it has answered by then is kept.
     """
-    if config.concurrency < 1 or config.max_tokens < 1 or (config.limit is not None and config.limit < 1):
-        raise ValueError(
-            f"concurrency is {config.concurrency}, max_tokens {config.max_tokens}, limit {config.limit}; expected at least 1"
-        )
     reference = read_answers(_file(baseline))
     answers = {path: _aligned(read_answers(_file(path)), reference, path, baseline, config.limit) for path in models}
     endpoint = Endpoint(
@@ -149,7 +149,7 @@ def _aligned(
 
 def _prices(config: JudgeConfig) -> Prices:
     if config.price is not None:
-        if len(config.price) != 2 or min(config.price) < 0:
+        if len(config.price) != 2:
             raise ValueError(f"price is {config.price}; expected two numbers: dollars for a million input and output tokens")
         return Prices(*config.price)
     if config.base_url is not None:

@@ -32,6 +32,8 @@ from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.sources import RowError, kind_of, read
+from ogdopt_harness.config import ranges
+from ogdopt_harness.config.schema import check_device
 from ogdopt_harness.data.rows import as_messages, parse
 from ogdopt_harness.evaluation.items import judge_style, naming, read_patterns, read_rows
 from ogdopt_harness.evaluation.lm import decoded, ends_of, identity, load_words, pretrained
@@ -71,13 +73,8 @@ class PairsConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.max_new_tokens, self.num_return_sequences, self.limit or 1) < 1:
-            raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, max_new_tokens {self.max_new_tokens}, limit {self.limit}"
-                "; expected 1 or more"
-            )
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature is {self.temperature} and top_p {self.top_p}; expected > 0, and > 0 and at most 1")
+        ranges.check(self)
+        check_device(self.device)
         if {self.chosen, self.rejected} == {ROW}:
             raise ValueError("chosen and rejected are both 'row': those are the rows' own pairs; name a model for one of them")
         if self.chosen == self.rejected and self.num_return_sequences < 2:

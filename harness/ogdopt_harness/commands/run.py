@@ -33,11 +33,13 @@ def run(config: Config) -> None:
     from ogdopt_harness.common.ranks import join, leave
     from ogdopt_harness.pipeline.guard import locked
     from ogdopt_harness.pipeline.manifest import record
+    from ogdopt_harness.pipeline.preflight import preflight
     from ogdopt_harness.pipeline.stages import SeedStudy
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ranks, device = join(device_name(config.device))
+    ranks.tell(lambda: preflight(config, device))
     ranks.tell(lambda: record(config.study.directory, config))
     for seed in config.study.seeds:
         with ExitStack() as stack:  # the first process holds the folder for all

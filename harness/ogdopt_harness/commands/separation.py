@@ -25,7 +25,8 @@ from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.tables import NONE, Table, number, tiny
-from ogdopt_harness.config.schema import listed
+from ogdopt_harness.config import ranges
+from ogdopt_harness.config.schema import check_device, listed
 from ogdopt_harness.data.behaviours import NO, YES, Behaviour, read_behaviours
 from ogdopt_harness.evaluation.lm import load_words, pretrained
 from ogdopt_harness.modeling.adapters import bare
@@ -49,8 +50,8 @@ class SeparationConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.limit < 2 or self.batch_size < 1:
-            raise ValueError(f"limit is {self.limit} and batch_size {self.batch_size}; expected 2 or more, and 1 or more")
+        ranges.check(self)
+        check_device(self.device)
 
 
 def main(words: Sequence[str]) -> None:

@@ -96,6 +96,8 @@ def join(device: str) -> tuple[Ranks, torch.device]:
     """
     rank, size, local = (int(os.environ.get(name, default)) for name, default in PLACE)
     kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, and torch finds no GPU here; choose --device cpu, or auto")
     if kind == "cuda" and size > 1:
         if local >= torch.cuda.device_count():
             raise ValueError(

@@ -19,9 +19,12 @@ from typing import Any, Literal
 
 import jsonargparse
 
+from ogdopt_harness.config import ranges
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "miniature.yaml"
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,3})?")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -41,7 +44,7 @@ class StudyConfig:
             raise ValueError(
                 f"study.name is {self.name!r}; expected 1-128 letters, digits, '.', '_' or '-', starting with a letter or digit"
             )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"study.seeds is {self.seeds}; expected one or more different non-negative integers, e.g. 0,1,2")
 
     @property
@@ -80,11 +83,8 @@ class LoraConfig:
     """Ends of the names of the modules that get one, e.g. [q_proj, v_proj]; all-linear: all but the head."""
 
     def __post_init__(self) -> None:
-        if self.r < 1 or not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1 or not self.target_modules:
-            raise ValueError(
-                f"model.lora is r {self.r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}, target_modules "
-                f"{self.target_modules}; expected r >= 1, lora_alpha > 0, 0 <= lora_dropout < 1 and at least one target"
-            )
+        if not self.target_modules or not all(self.target_modules):
+            raise ValueError(f"model.lora.target_modules is {self.target_modules!r}; expected at least one name, none empty")
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,6 @@ class StageConfig:
     """Which models are written as Hugging Face folders: that of every epoch, or the last alone."""
     logging_steps: int = 1
 
-    def __post_init__(self) -> None:
-        if self.train_batch_size % self.per_device_train_batch_size:
-            raise ValueError(
-                f"train_batch_size is {self.train_batch_size}; expected a multiple of per_device_train_batch_size "
-                f"({self.per_device_train_batch_size})"
-            )
-
     @property
     def gradient_accumulation_steps(self) -> int:
         return self.train_batch_size // self.per_device_train_batch_size
@@ -268,7 +261,7 @@ class EvalConfig:
     apply_chat_template: bool = True
     system_instruction: str | None = None
     """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
-    device_map: str | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
 
 
@@ -337,19 +330,11 @@ class JointConfig:
     """Pairs [preference, sft] of objectives that are good enough; null: where the finished ALRIGHT runs of this seed ended."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"joint.beta is {self.beta}; expected a positive number")
         if self.optima is not None and set(self.optima) != {"preference", "sft"}:
             raise ValueError(
                 f"joint.optima is {self.optima}; expected {{preference: x, sft: y}}, the least value of each objective, or "
                 "null to have them found"
             )
-        for name, least in {"train_batch_size": 1, "objective_rows": 1, "optima_epochs": 1, "stop_gap": 0.0}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(
-                    f"joint.{name} is {value}; expected {least} or more" + ", or null" * (name != "objective_rows")
-                )
         if self.stop_pareto is not None and any(len(point) != 2 for point in self.stop_pareto):
             raise ValueError(f"joint.stop_pareto is {self.stop_pareto}; expected a list of pairs [preference, sft], or null")
 
@@ -397,6 +382,8 @@ class Config:
     """CPU threads of torch; null: one a core."""
 
     def __post_init__(self) -> None:
+        ranges.check(self)
+        check_device(self.device)
         if self.evals.epochs == "all" and self.preference.export == "last":
             raise ValueError(
                 "evals.epochs is all, but preference.export is last, so that earlier epochs have no model; expected the same"
@@ -407,6 +394,12 @@ class Config:
                 f"joint.train_batch_size is {size}; expected a multiple of preference.per_device_train_batch_size ({micro}), "
                 "or null for preference.train_batch_size"
             )
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError unless it is the name of a kind of device."""
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<number> (mps, xpu)")
 
 
 LISTS = {

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import WorldConfig
 from ogdopt_harness.data.lexicon import (
     ATTRIBUTES,
@@ -141,21 +142,7 @@ def style_patterns() -> dict[str, str]:
 
 
 def _check(config: WorldConfig) -> None:
-    lowest = {
-        "seed": 0,
-        "people": 4,
-        "sft_conversations": 1000,
-        "preference_pairs": 1,
-        "held_out_pairs": 1,
-        "items": 1,
-        "newcomers": 0,
-    }
-    for name, least in lowest.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"world.{name} is {value!r}; expected a whole number, {least} or more")
-    if config.people > MOST_PEOPLE:
-        raise ValueError(f"world.people is {config.people}; expected at most {MOST_PEOPLE}, there are no names for more")
+    ranges.check(config, "world")
     if config.newcomers > MOST_PEOPLE - config.people:
         raise ValueError(
             f"world.newcomers is {config.newcomers}; expected at most {MOST_PEOPLE - config.people} beside world.people "

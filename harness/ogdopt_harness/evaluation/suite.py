@@ -37,6 +37,7 @@ from tqdm import tqdm
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.evaluation.items import Row, judge_style, names_answer, read_items, read_style
 from ogdopt_harness.evaluation.lm import EvalLM, Messages, fold_system, identity, load
@@ -64,10 +65,7 @@ def evaluate(
     used; warns where prompts lost their beginning because the model cannot read that many tokens.
     """
     start = time.perf_counter()
-    if config.batch_size < 1 or (config.limit is not None and config.limit < 1):
-        raise ValueError(
-            f"evals.batch_size is {config.batch_size}, evals.limit {config.limit}; expected at least 1 (limit: or null)"
-        )
+    ranges.check(config, "evals")
     shown = model_dir.relative_to(seed_dir) if seed_dir and model_dir.is_relative_to(seed_dir) else model_dir
     terminal = sys.stderr
     with quiet(), isolated_randomness(device):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ogdopt.three_d import Thresholds
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import replaced, write_json
 from ogdopt_harness.common.ranks import ALONE, Ranks
@@ -23,15 +22,16 @@ from ogdopt_harness.data.examples import Example, Preferences, load_preferences,
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.modeling.broadcast import outlined
-from ogdopt_harness.modeling.build import build_model, check_attention, load_model
+from ogdopt_harness.modeling.build import build_model, load_model
 from ogdopt_harness.modeling.memory import precision_warning
 from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from ogdopt_harness.pipeline.guard import digest_of, local_files, same_files, same_rows
 from ogdopt_harness.pipeline.manifest import record
+from ogdopt_harness.pipeline.preflight import preflight
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.joint import STREAMS, Joint
-from ogdopt_harness.training.methods import METHODS, RunSpec, check_loss_args, runs
+from ogdopt_harness.training.methods import METHODS, RunSpec
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
 from ogdopt_harness.training.trackers import chosen
 from ogdopt_harness.training.trainer import train
@@ -47,20 +47,11 @@ class SeedStudy:
         self.device = device or torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
-        _check_thresholds(config.preference.warn_at)
-        check_attention(config.model, self.device)
+        self.specs = preflight(config, self.device)
         self.report_to = chosen(config.report_to)
-        self.specs = runs(config.methods, config.preference.beta, config.joint.lambdas, config.joint.evaluate_every)
-        check_loss_args(config.preference.loss_args)
         for name, stage in (("sft", config.sft), ("preference", config.preference)):
             if stage.data.train and ranks.first and (text := precision_warning(config.model, stage)):
                 warnings.warn(f"{name}: {text}", stacklevel=2)
-        joint = [spec.method for spec in self.specs if spec.weight is not None]
-        if joint and not (config.joint.data or config.sft.data).train:
-            raise ValueError(
-                f"{joint[0]} trains on supervised rows beside the pairs, but joint.data.train and sft.data.train are empty; "
-                "expected JSONL files or hub data sets, e.g. --joint.data.train rows.jsonl"
-            )
 
     def prepare(self) -> None:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
@@ -336,14 +327,6 @@ class SeedStudy:
         words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
         where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
-
-
-def _check_thresholds(given: dict[str, float]) -> None:
-    try:
-        Thresholds(**given)
-    except (TypeError, ValueError) as error:
-        names = ", ".join(f.name for f in dataclasses.fields(Thresholds))
-        raise ValueError(f"preference.warn_at is {given}; expected positive numbers for any of {names} ({error})") from error
 
 
 def least(metrics: Path, key: str) -> float:
