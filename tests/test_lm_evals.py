@@ -442,7 +442,7 @@ def test_a_configuration_that_cannot_be_used_is_named(toy):
         ({"style": str(folder / "bad_style.json"), "style_prompts": number}, "bad_style.json.*regular expressions"),
         ({"style": good, "style_prompts": number}, r"number.jsonl:1: 'prompt' is int 3"),
         ({"style": good, "style_prompts": assistant}, r"assistant.jsonl:1: 'prompt' ends with a turn of 'assistant'"),
-        ({"limit": 0}, "evals.limit 0"),
+        ({"limit": 0}, "evals.limit is 0"),
         ({"batch_size": 0}, "evals.batch_size is 0"),
         ({"max_new_tokens": 2000}, "evals.max_new_tokens: 2000 new tokens, but the model reads 1024"),
         ({"lm_eval_tasks": ["piqa"], "lm_eval_data": str(folder / "gone")}, "evals.lm_eval_data: no folder"),

@@ -291,11 +291,12 @@ def test_a_run_logs_the_properties_and_warns_once_also_after_a_restart(tok, tmp_
     assert replay(whole, Thresholds(**thresholds))[1].warnings == complete[0]
 
 
-@pytest.mark.parametrize(("given_", "message"), [({"shar": 0.1}, "shar"), ({"chosen_share": -1.0}, "chosen_share is -1.0")])
-def test_wrong_thresholds_are_named_before_anything_runs(given_, message):
-    config = Config(preference=dataclasses.replace(Config().preference, warn_at=given_), device="cpu")
-    with pytest.raises(ValueError, match=rf"preference.warn_at is .*; expected positive numbers for any of .*{message}"):
+def test_wrong_thresholds_are_named_before_anything_runs():
+    config = Config(preference=dataclasses.replace(Config().preference, warn_at={"shar": 0.1}), device="cpu")
+    with pytest.raises(ValueError, match=r"preference.warn_at is .*; expected positive numbers for any of .*shar"):
         SeedStudy(config, 0)
+    with pytest.raises(ValueError, match=r"preference.warn_at is \{'chosen_share': -1.0\}; expected more than 0"):
+        Config(preference=dataclasses.replace(Config().preference, warn_at={"chosen_share": -1.0}))
 
 
 def test_the_report_shows_them(tmp_path):

@@ -1,7 +1,7 @@
-"""Searches for inputs that break a run: each tries many and counts how they end. Tests sample them, `benchmarks.soak` walks all.
+"""Searches for inputs that break a run: each tries many and counts how they end.
 
-An input ends well if it is refused by name, or means something. All else is a finding: an error that is no message, a message that
-does not name its cause, work without end, a dead process, a result that differs in silence.
+Tests sample them, `python -m benchmarks.soak NAME` walks all. An input ends well if it is refused by name, or means something.
+All else is a finding: an error that is no message, a message that does not name its cause, work without end.
 """
 
 import signal
