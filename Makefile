@@ -1,6 +1,7 @@
 # make run    set up .venv and run the miniature study (arguments: make run ARGS="--study.seeds [0,1,2]")
 # make study  set up .venv and run a paper's toy study (make study NAME=tradeoff; without NAME it lists them)
 # make test   set up .venv, check style and types, run the suite (arguments: make test ARGS="-k gram")
+# make test-portable  the numerical tests once more under other instruction sets and numbers of threads, in three minutes
 # make bench  set up .venv and measure against the peers, in ten minutes (arguments: make bench ARGS="--seconds 300")
 # make venv   set-up alone
 PYTHON ?= python3
@@ -10,7 +11,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BIN := .venv/bin
 
-.PHONY: venv run study test bench lint format clean
+.PHONY: venv run study test test-portable bench lint format clean
 
 venv: .venv/ready
 
@@ -46,6 +47,9 @@ format: venv
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-portable: venv
+	$(BIN)/python -m tests.portable $(ARGS)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -31,7 +31,7 @@ from benchmarks.common import ROOT
 
 RUN = ROOT / "harness" / "run.py"
 MARK = "OGDOPT_SOAK"
-LIMIT = 300
+LIMIT = 1200
 """Seconds that a start may take in all, and that a launcher may take to end what is left of a run."""
 TIMES = {"tokens_per_second"}
 OPTIONS = {
@@ -99,12 +99,12 @@ def kill(process: subprocess.Popen, mark: str, rng: random.Random) -> str:
         except ProcessLookupError:  # it has ended by itself meanwhile
             continue
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         kind += ", the launcher had to be killed too"
     for pid in marked(mark):
         os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=LIMIT)
     return kind
 
 

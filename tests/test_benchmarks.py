@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import bench, common, gpu, growth, objectives, peers, profiled, projection, set_aside, step, tax_noise, trainers
 from benchmarks.common import Timed
+from tests import limits
 
 HERE = {name: common.absent(name) is None for name in common.PEERS}
 
@@ -359,7 +360,7 @@ def test_scaling(tmp_path):
     """One process and two: what they wait is measured, and one waits for nobody."""
     out = tmp_path / "scaling.json"
     words = ["--ranks", "1,2", "--steps", "2", "--output", str(out)]
-    subprocess.run([sys.executable, "-m", "benchmarks.scaling", *words], cwd=common.ROOT, check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "benchmarks.scaling", *words], cwd=common.ROOT, check=True, timeout=limits.PROCESS)
     found = results(out)
     for kind in ("strong", "weak"):
         assert found["1"][kind]["waiting"] == 0 and found["1"][kind]["efficiency"] == 1

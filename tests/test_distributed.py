@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import limits
 from tests.workers.two_gradients import MAX_NORM, OPTIONS, train
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ WORKER = str(ROOT / "tests" / "workers" / "two_gradients.py")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def launch(ranks, folder, *words, worker=WORKER, seconds=200, launcher=TORCHRUN):
+def launch(ranks, folder, *words, worker=WORKER, launcher=TORCHRUN):
     """Run a worker under torch's launcher, or another, with a time limit; its exit and what it said on the way."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -36,7 +37,7 @@ def launch(ranks, folder, *words, worker=WORKER, seconds=200, launcher=TORCHRUN)
         stderr=subprocess.STDOUT,
     ) as child:
         try:
-            said, _ = child.communicate(timeout=seconds)
+            said, _ = child.communicate(timeout=limits.PROCESS)
         except subprocess.TimeoutExpired:
             child.terminate()  # the launcher takes its ranks with it
             said, _ = child.communicate()

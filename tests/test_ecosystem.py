@@ -23,6 +23,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from ogdopt import GradientError, PairedGradient, ProjectedGradient
 from ogdopt.projection import interval
+from tests import limits
 from tests.gradients import inner, reference
 from tests.workers import checkpoints
 
@@ -440,7 +441,7 @@ def two_ranks(tmp_path_factory):
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [*starter, checkpoints.__file__, str(folder)]
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=limits.PROCESS, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, checkpoints.vector(straight)
 

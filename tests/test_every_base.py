@@ -170,7 +170,7 @@ def test_what_does_not_run_fails_bare_in_the_same_way(module, name, reason):
 
 
 @every_running
-def test_is_the_base_where_nothing_conflicts(module, name, options):
+def test_is_the_base_where_the_two_gradients_conflict(module, name, options):
     """Where the loser's gradient opposes the winner's, weights, schedule and checkpoint are the bare base's, bit for bit."""
     model, opt, (winner, _) = build(module, name, options)
     plain, base, (w, _) = build(module, name, options, wrap=False)

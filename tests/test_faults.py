@@ -19,6 +19,7 @@ from benchmarks import soak
 from ogdopt_harness.common import ranks
 from ogdopt_harness.pipeline.guard import locked, same_files, same_rows
 from ogdopt_harness.training.checkpoints import found
+from tests import limits
 
 KILLED = soak.ROOT / "tests" / "workers" / "faults.py"
 
@@ -37,7 +38,7 @@ def rows(folder):
 def hold(folder, held, done):
     with locked(folder):
         held.set()
-        done.wait(60)
+        done.wait(limits.EVENT)
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -47,7 +48,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(killed
     first = context.Process(target=hold, args=(tmp_path, held, done))
     first.start()
     try:
-        assert held.wait(60)
+        assert held.wait(limits.EVENT)
         taken = rf"in use by another run \(process {first.pid} on .*choose another --study.output_dir"
         with pytest.raises(ValueError, match=taken), locked(tmp_path):
             pass
@@ -55,7 +56,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(killed
             os.kill(first.pid, signal.SIGKILL)
         else:
             done.set()  # would wait for the one that waits, which must live
-        first.join(60)
+        first.join(limits.EVENT)
         with locked(tmp_path):  # let go of, or taken over from the dead
             assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
         assert (tmp_path / "lock").read_text() == ""
@@ -122,9 +123,9 @@ def test_a_start_never_meets_one_before_it_in_the_launchers_store(monkeypatch):
             second = pool.submit(come, 1)
             time.sleep(0.1)
             assert not second.done()
-            first = pool.submit(come, 0).result(60)
+            first = pool.submit(come, 0).result(limits.EVENT)
             first.set("who", f"start {k}")
-            assert second.result(60).get("who").decode() == f"start {k}"
+            assert second.result(limits.EVENT).get("who").decode() == f"start {k}"
             names.append(store.get("ogdopt/start"))
     assert len(set(names)) == 3
 
@@ -132,9 +133,9 @@ def test_a_start_never_meets_one_before_it_in_the_launchers_store(monkeypatch):
 # ---- everything at once, end to end ---------------------------------------------------------------------------------------
 
 
-def until(holds, process, log, seconds=120):
+def until(holds, process, log):
     """Wait until something holds; fail with the output of a process that has ended before."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + limits.EVENT
     while not holds():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
         time.sleep(0.01)
@@ -145,7 +146,7 @@ def refused(folder, processes, options, message):
     log = folder.with_suffix(".log")
     before = log.stat().st_size
     process = soak.start(folder, processes, "refused", options)
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=limits.PROCESS) == 1
     said = log.read_bytes()[before:].decode()
     assert re.search(message, said) and said.count("error: ") == 1, said
     assert not re.search(r'File ".*harness/', said), said
@@ -176,7 +177,7 @@ def test_a_run_to_which_everything_happens_ends_like_an_undisturbed_one(tmp_path
         until(lambda: not {*workers} & {*soak.marked(mark)}, process, log)
         until(reached(8), process, log)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 1  # the launcher's own, which was asked to stop itself
+        assert process.wait(timeout=limits.PROCESS) == 1  # the launcher's own, which was asked to stop itself
     finally:
         for pid in soak.marked(mark):
             os.kill(pid, signal.SIGKILL)

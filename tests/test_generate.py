@@ -14,6 +14,7 @@ import torch
 from ogdopt_harness.commands import generate
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.evaluation.answer_files import FORMATS, key_of, marks, read_answers, read_prompts
+from tests import limits
 from tests.hub import write_rows
 from tests.test_lm_evals import NEW, chat_ids, export, tiny_model, word_tokenizer
 
@@ -162,7 +163,7 @@ def test_two_processes_answer_as_one_does(model, tmp_path):
     words += [str(ROOT / "harness" / "run.py"), "generate", str(model[0]), prompts, "--format=arena_hard", "--name=ours"]
     words += ["--output_dir=two", "--max_new_tokens=6", "--batch_size=3", "--token_counter=model", "--device=cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limits.PROCESS)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert ended.stdout.count("Written:") == 1 and len(list((tmp_path / "two").glob("answers.jsonl*"))) == 2
     both = [(tmp_path / "two" / "arena_hard" / "ours.jsonl"), alone]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import limits
+
 LIBRARY = sorted((Path(__file__).parents[1] / "ogdopt").rglob("*.py"))
 
 
@@ -38,4 +40,4 @@ def test_the_library_imports_torch_and_the_standard_library_alone(path):
 )
 def test_reading_results_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=limits.PROCESS).returncode == 0

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import soak
+from tests import limits
 
 FOLDER = soak.ROOT / "harness" / "ogdopt_harness" / "recipes" / "launch"
 STUBS = {
@@ -20,7 +21,7 @@ def started(name, options, environment):
     settings = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=soak.ROOT, start_new_session=True)
     with subprocess.Popen(command, env=environment, **settings) as process:
         try:
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate(timeout=limits.PROCESS)
         finally:
             for pid in soak.marked(environment[soak.MARK]):
                 os.kill(pid, 9)

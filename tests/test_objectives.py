@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ogdopt import AlternatingObjective, MaxGapObjective, MixedObjective, ProjectedGradient, SequentialObjective
+from tests import limits
 from tests.workers import objectives as worker
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +388,7 @@ def ranks(tmp_path_factory):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=150,
+        timeout=limits.PROCESS,
     )
     assert done.returncode == 0, done.stdout[-8000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

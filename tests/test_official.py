@@ -14,6 +14,7 @@ from ogdopt_harness.config.schema import RECIPES, EvalConfig, TaskConfig, parse
 from ogdopt_harness.evaluation.lm import EvalLM
 from ogdopt_harness.evaluation.official import OFFICIAL, official_tasks
 from ogdopt_harness.evaluation.suite import evaluate
+from tests import limits
 from tests.hub import BENCHMARKS, EIGHT, lay_out_eight, rows_of, write_rows
 from tests.test_lm_evals import NEW, bpe_tokenizer, chat_ids, expected, export, tiny_model, toy_rows
 
@@ -193,7 +194,7 @@ def test_two_processes_answer_as_one_does(toy):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "harness/run.py")]
     words += ["tax", *models, *options, "--study.output_dir", str(folder / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=limits.PROCESS)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert "tuned has a TAX of" in ended.stdout and ended.stdout.count("Written:") == 1
     one, two = (sorted((folder / out).glob("*/evals/*")) for out in ("one", "two"))

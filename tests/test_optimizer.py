@@ -194,6 +194,25 @@ def test_without_a_loser_it_is_the_base_bit_for_bit():
     assert torch.equal(vector(model), vector(plain))
 
 
+@pytest.mark.parametrize(("share", "same"), [(-1.0, True), (-0.1, True), (0.1, False), (1.0, False)])
+def test_it_is_the_base_bit_for_bit_exactly_where_the_two_conflict(share, same):
+    """A loser along -g_w, 0.1 g_w and so on, with something of its own: <g_w, g_l> has the sign of its share of g_w."""
+    model, opt, winner, loser = toy()
+    plain, other, w, _ = toy()
+    own = gradients(model, loser)
+    gw = gradients(model, winner)
+    across = [x - inner(own, gw) / inner(gw, gw) * g for x, g in zip(own, gw)]
+    with opt.loser():
+        for p, g, x in zip(model.parameters(), gw, across):
+            p.grad = share * g + x
+    with opt.winner():
+        winner().backward()
+    report = opt.step()
+    w().backward()
+    other.base.step()
+    assert (report.gram.wl <= 0) == same == torch.equal(vector(model), vector(plain))
+
+
 def test_plain_backward_and_step_leave_gradients_like_any_optimizer():
     model, opt, winner, _ = toy()
     winner().backward()

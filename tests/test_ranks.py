@@ -39,7 +39,7 @@ def worlds(tok, tmp_path_factory):
             training.run(folder / "from1", tok, "plain", "ogd", stop=3)
         else:
             shutil.copytree(launched(2) / "from2", folder / "from2")
-        return launch(n, folder, *cases[n], worker=WORKER, seconds=250)
+        return launch(n, folder, *cases[n], worker=WORKER)
 
     @functools.cache
     def launched(n):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests import limits
+
 ROOT = Path(__file__).parent.parent
 TINY = """--world.people 16 --world.sft_conversations 1000 --world.preference_pairs 64 --world.held_out_pairs 16 --world.items 8
 --sft.max_steps 12 --sft.eval_steps 6 --methods sft,dpo,ogd --preference.beta 0.1 --preference.num_train_epochs 2
@@ -32,7 +34,7 @@ def start(folder, *extra):
 
 def finish(process):
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=limits.PROCESS)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -42,9 +44,9 @@ def weights(folder, run="ogd"):
     return load_file(folder / "seed-0" / run / "model" / "epoch-2" / "model.safetensors")
 
 
-def wait_for(process, file, lines, seconds=180):
+def wait_for(process, file, lines):
     """Wait until a file has so many lines; fail with the process's own words if it ends before."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + limits.EVENT
     while not file.is_file() or len(file.read_text().splitlines()) < lines:
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"{file} never got {lines} lines: {finish(process)}")
@@ -160,6 +162,6 @@ def test_mistakes_get_one_message(extra, message, tmp_path):
 def test_print_config_is_a_recipe(tmp_path):
     shown = subprocess.run(
         [sys.executable, str(ROOT / "harness" / "run.py"), "--methods=ogd", "--print_config"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        capture_output=True, text=True, timeout=limits.PROCESS, cwd=tmp_path,
     )  # fmt: skip
     assert shown.returncode == 0 and "learning_rate: 0.0001" in shown.stdout and "- ogd" in shown.stdout

@@ -14,6 +14,7 @@ from ogdopt_harness.analysis import claims
 from ogdopt_harness.analysis.claims import Claim, Findings, Picture
 from ogdopt_harness.commands import study
 from ogdopt_harness.common.tables import Table
+from tests import limits
 from tests.test_report import QUICK, write_report, write_study
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,9 @@ def test_every_study_has_a_title_a_function_and_five_seeds(name):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, str(ROOT / "harness/run.py"), *words], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "harness/run.py"), *words], capture_output=True, text=True, timeout=limits.PROCESS
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ogdopt_harness.studies.tradeoff import (
     plane,
     trajectories,
 )
+from tests import limits
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +145,7 @@ def test_the_descent_of_one_step_is_the_update_rule():
 def test_the_study_holds_its_claims_and_writes_what_its_page_names(tmp_path):
     """From the command line and from any folder, as a user starts it."""
     words = [sys.executable, str(ROOT / "harness/run.py"), "study", "tradeoff", "--output_dir", "out"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=limits.PROCESS)
     assert done.returncode == 0, done.stderr
     assert "Sequential λ=0.9" in done.stdout and "MAXRIGHT" in done.stdout
     page = (tmp_path / "out/study.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 
 from ogdopt import ProjectedGradient
+from tests import limits
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -57,7 +58,7 @@ def vector(model):
 
 
 def main(folder):
-    faulthandler.dump_traceback_later(100, exit=True)  # a rank that hangs says where
+    faulthandler.dump_traceback_later(limits.RANK, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()

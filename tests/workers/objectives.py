@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ogdopt import AlternatingObjective, MaxGapObjective
+from tests import limits
 
 STEPS = 60
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -76,8 +76,8 @@ def refused():
 
 
 def main(folder):
-    faulthandler.dump_traceback_later(100, exit=True)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    faulthandler.dump_traceback_later(limits.RANK, exit=True)
+    dist.init_process_group("gloo", timeout=limits.COLLECTIVE)
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     alone = dist.new_subgroups(group_size=1)[0]

@@ -31,11 +31,11 @@ from ogdopt_harness.training.methods import METHODS
 from ogdopt_harness.training.progress import Signals, Stopped, Taken
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
 from ogdopt_harness.training.trainer import Trainer
-from tests import small
+from tests import limits, small
 from tests.test_train import job
 from tests.workers.two_gradients import Watch
 
-LIMIT = timedelta(seconds=20)  # of a collective
+LIMIT = timedelta(seconds=40)  # of a collective; a case waits longer than that, and a busy rank may come so late
 CPU = torch.device("cpu")
 OPTIONS = {
     "plain": {},
@@ -196,7 +196,7 @@ def main(folder, cases):
     tok = small.tokenizer(folder / f"tok-{ranks.size}-{ranks.rank}")
     others = {"counted": counted, "spoiled": spoiled, "patience": patience, "loading": loading, "differing": differing}
     for case in cases:
-        faulthandler.dump_traceback_later(60, exit=True)  # a rank that hangs says where
+        faulthandler.dump_traceback_later(limits.RANK, exit=True)  # a rank that hangs says where
         what, _, rest = case.partition(":")
         name, _, where = rest.partition("@")
         home = folder / (where or f"{case.replace(':', '-')}-{ranks.size}")

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from ogdopt import GradientError, ProjectedGradient
+from tests import limits
 
 STEPS = 10
 MAX_NORM = {"mistral": 2.0, "toy": 1.6, "block": 1.16}  # under some of the ten norms and over others
@@ -713,9 +713,9 @@ def quads():
 
 
 def main(folder):
-    faulthandler.dump_traceback_later(170, exit=True)  # a rank that hangs says where
+    faulthandler.dump_traceback_later(limits.RANK, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=limits.COLLECTIVE)
     rank = dist.get_rank()
     cases, misuse = pairs() if dist.get_world_size() == 2 else quads()
     wanted = os.environ.get("CASES", "").split()  # for looking into one by hand

@@ -43,7 +43,7 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
     beside = Path(__file__).resolve().parents[4] / "shared" / "data"
     folder = data_dir or (str(beside) if (beside / FILE).is_file() else None)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same figures on every machine with these versions
+    torch.set_num_threads(1)  # the same figures where versions and the processor's instruction set are the same
     try:
         data = Sentiment(load(folder))
         base = pretrained(data)
