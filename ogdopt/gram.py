@@ -66,13 +66,13 @@ class Gram(NamedTuple):
 
     def norm(self, a: Tensor, b: Tensor) -> Tensor:
         """L2 norm of `a g_w + b g_l` over all blocks, shape (), from the numbers alone."""
-        return self.norms(a, b, [len(self.ww)])[0]
+        return self.norms(a, b, [self.ww.numel()])[0]
 
     def norms(self, a: Tensor, b: Tensor, sizes: Sequence[int]) -> Tensor:
         """The same for groups of `sizes` consecutive entries: (len(sizes),)."""
         # a * a and b * b alone may leave the range of float64 where the two gradients differ in scale by 1e154.
         squares = a * (a * self.ww + 2 * b * self.wl) + b * (b * self.ll)
-        return torch.stack([part.sum() for part in squares.split(list(sizes))]).clamp(min=0).sqrt()
+        return torch.stack([part.sum() for part in squares.flatten().split(list(sizes))]).clamp(min=0).sqrt()
 
 
 def gram(
