@@ -1,4 +1,4 @@
-"""What the README and the docstrings show runs; the diff of the README is the program it claims to be."""
+"""What the README, docs/ and the docstrings show runs, and its prose is plain; the diff of the README is a program."""
 
 import contextlib
 import doctest
@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import prose
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)]
+PYTHON = [(name, code) for name, page in PAGES.items() for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)]
 MODULES = sorted(
     ".".join(path.relative_to(root).with_suffix("").parts)
     for root, package in ((ROOT, "ogdopt"), (ROOT / "harness", "ogdopt_harness"))
@@ -53,10 +60,10 @@ def test_the_diff_is_a_program_before_and_after():
     assert sum(line[:1] == "+" for line in diff.splitlines()) <= 5
 
 
-@pytest.mark.parametrize("k", range(sum(language == "python" for language, _ in BLOCKS)))
+@pytest.mark.parametrize("k", range(len(PYTHON)), ids=lambda k: f"{PYTHON[k][0]}-{k}")
 def test_python_blocks_run(k):
-    code = [code for language, code in BLOCKS if language == "python"][k]
-    exec(compile(code, f"README.md, block {k + 1}", "exec"), given())
+    name, code = PYTHON[k]
+    exec(compile(code, f"{name}, block {k + 1}", "exec"), given())
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -64,16 +71,42 @@ def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_paths_named_in_the_readme_exist():
-    for path in re.findall(r"`((?:harness|ogdopt|tests|benchmarks)/[\w./]+)`", README):
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_and_links_of_a_page_exist(name):
+    page = PAGES[name]
+    for path in re.findall(r"`(?:python )?((?:harness|ogdopt|tests|benchmarks)/[\w./]+)[^`\n]*`", page):
         assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page):
+        assert ((ROOT / name).parent / target).exists(), target
 
 
-HARNESS = re.compile(r"harness/run\.py(.*?)(?:  #.*)?$", re.M)
+def test_the_readme_is_short_and_every_guide_is_linked_from_it():
+    assert len(README.splitlines()) <= 150
+    guides = {name for name in PAGES if name.startswith("docs/")}
+    assert guides and all(f"({name})" in README for name in guides)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_sentences_are_short(name):
+    """One fact a sentence: nine in ten have at most 25 words, and none is a paragraph of its own."""
+    counts = [count for count, _ in prose.lengths(PAGES[name])]
+    assert len(counts) >= 5 and prose.percentile(counts, 0.9) <= 25 and max(counts) <= 30, prose.long(PAGES[name], 25)
+
+
+def test_the_measure_of_prose_sees_sentences_and_not_code():
+    page = (
+        "# A title of many words\n\nOne `a b` word. And\nthree more! (See e.g. this.)\n\n- An item.\n\n```sh\nno prose\n```\n"
+    )
+    page += "```sh\nno prose\n```\n| a | table |\n\n    indented formula here\n"
+    assert [count for count, _ in prose.lengths(page)] == [4, 3, 3, 2]
+    assert prose.percentile([*range(1, 11)], 0.9) == 9
+
+
+HARNESS = re.compile(r"(?:harness/run\.py|ogdopt)( .*?)?(?:  +#.*)?$", re.M)
 
 
 @pytest.mark.parametrize("words", [line.split() for code in BLOCKS if code[0] == "sh" for line in HARNESS.findall(code[1])])
-def test_commands_of_the_readme_have_the_options_they_are_shown_with(words, capsys):
+def test_commands_of_the_pages_have_the_options_they_are_shown_with(words, capsys):
     from ogdopt_harness.cli import COMMANDS
     from ogdopt_harness.config.schema import command
 
@@ -81,7 +114,7 @@ def test_commands_of_the_readme_have_the_options_they_are_shown_with(words, caps
     # The options of `tax` are those of a study.
     start = command if name in (None, "run", "tax") else importlib.import_module(COMMANDS[name]).main
     with contextlib.suppress(SystemExit):
-        start(["--help"])
+        start([*(words[1:2] if name == "study" else []), "--help"])
     said = capsys.readouterr().out
     assert all(word in said for word in words if word.startswith("--")), words
 
