@@ -3,6 +3,7 @@
 # make test   set up .venv, check style and types, run the suite (arguments: make test ARGS="-k gram")
 # make test-portable  the numerical tests once more under other instruction sets and numbers of threads, in three minutes
 # make bench  set up .venv and measure against the peers, in ten minutes (arguments: make bench ARGS="--seconds 300")
+# make docs   set up .venv and build the site into build/docs; a warning or a broken link fails it
 # make venv   set-up alone
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BIN := .venv/bin
 
-.PHONY: venv run study test test-portable bench lint format clean
+.PHONY: venv run study test test-portable bench docs lint format clean
 
 venv: .venv/ready
 
@@ -34,6 +35,14 @@ bench: venv .venv/bench
 .venv/bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' && touch $@ || \
 		echo "not all peers could be installed; the table names those that are missing"
+
+docs: venv .venv/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

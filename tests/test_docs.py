@@ -12,9 +12,11 @@ import torch
 from tests import prose
 
 ROOT = Path(__file__).parent.parent
+WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    str(path.relative_to(ROOT)): text
+    for path, text in ((path, path.read_text(encoding="utf-8")) for path in WRITTEN)
+    if "```{" not in text  # pages of the site that include another, or docstrings
 }
 README = PAGES["README.md"]
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)]
