@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from ogdopt_harness.config import ranges
+from ogdopt_harness.config import ranges, strict
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -444,6 +444,8 @@ def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, pr
     if asked.world_size < 1:
         first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
     try:
+        for word in given:
+            strict.check_value(word)
         given = [*_recipes(given)]
     except ValueError as error:
         first.error(str(error))
@@ -468,7 +470,7 @@ def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, pr
 def recipe_file(word: str) -> Path:
     """The file of a recipe: one of the package's by its name, or a path.
 
-    Raises ValueError if there is neither, naming the recipes.
+    Raises ValueError if there is neither, naming the recipes, and for a file that `strict.check_file` refuses.
 
     >>> recipe_file("miniature") == DEFAULT_RECIPE
     True
@@ -478,9 +480,12 @@ def recipe_file(word: str) -> Path:
         return known[word]
     path = Path(word)
     if path.is_file():
+        strict.check_file(path, Config)
         return path
     if path.stem in known and path.parent.name == "recipes":
         raise ValueError(f"--config {word}: no such file; expected the recipe's name alone: --config {path.stem}")
+    if path.exists():
+        strict.read_regular(path, "--config", strict.MOST_BYTES)
     raise ValueError(f"--config {word}: no such file; expected a YAML file or one of the recipes {', '.join(known)}")
 
 
