@@ -131,7 +131,7 @@ def _shaped(node: MappingNode, schema: type, path: Path, dotted: str = "") -> It
             yield f"{_at(key, path)}: there is no option {dotted}{name}; expected {words}"
             continue
         hint: Any = hints[name]
-        section = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        section: Any = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
         if section is None or typing.get_origin(hint) is list:
             continue
         null = isinstance(value, ScalarNode) and value.value in NULLS and value.style is None
