@@ -12,7 +12,7 @@ import torch
 from tests import prose
 
 ROOT = Path(__file__).parent.parent
-WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {
     str(path.relative_to(ROOT)): text
     for path, text in ((path, path.read_text(encoding="utf-8")) for path in WRITTEN)
