@@ -264,7 +264,7 @@ def test_local_files_stand_in_for_the_hub(tmp_path, capsys, nothing_is_loaded):
     out = capsys.readouterr().out
     assert "20 rows in a known form" in out and "3 steps an epoch, 15 in all, at most" in out
     assert "warning, preference: the warm-up takes 150 steps and the run ends after 15" in out
-    assert start(*words, "--model.tokenizer_name_or_path", "null", "--model.vocab_size", "400") == 0
+    assert start(*words, "--model.model_name_or_path", "null", "--model.vocab_size", "400") == 0
     out = capsys.readouterr().out
     assert f"[/INST]{OPEN} it is 0</s>{CLOSE}" in out and "20 of 20 rows used" in out and "15 in all\n" in out
 

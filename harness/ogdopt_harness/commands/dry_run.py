@@ -156,8 +156,8 @@ class DryRun:
     def get_tokenizer(self) -> Any:
         """The study's tokenizer, loaded, or trained as the study would train it."""
         model = self.config.model
-        if model.tokenizer_name_or_path is not None:
-            return load_tokenizer(model.tokenizer_name_or_path, model.chat_template)
+        if model.words is not None:
+            return load_tokenizer(model.words, model.chat_template)
         found = (t for kind, _, data in self.sources() if data.train for t in texts(data, "train", kind))
         return train_tokenizer(found, model, self.scratch / "tokenizer")
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jsonargparse
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
@@ -29,7 +28,9 @@ from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
-from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, identity, load_words, pretrained
+from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, load, load_words
+from ogdopt_harness.modeling.fingerprint import fingerprint
+from ogdopt_harness.modeling.pretrained import read_config
 from ogdopt_harness.pipeline.manifest import record
 
 TOO_LONG = 0.05  # share of answers that were cut off, above which a warning is due
@@ -96,18 +97,23 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     asked = read_prompts(prompts, config.format, config.split)[: config.limit]
     directory, name = Path(config.output_dir), config.name or short_name(Path(model)).replace("/", "-")
     backend = _backend(config)
-    tokenizer = Path(config.tokenizer) if config.tokenizer else None
-    words = load_words(Path(model), tokenizer, apply_chat_template=True)
-    about = pretrained(AutoConfig, Path(model))
+    words = load_words(model, config.tokenizer, apply_chat_template=True)
+    about = read_config(model, "model")
     count = token_counter(config.format, config.token_counter, words)
     if ranks.rank() == 0:
         kept = {
             k: v for k, v in asdict(config).items() if k not in ("output_dir", "limit", "batch_size", "token_counter", "name")
         }
-        settings = {"model": model, "weights": identity(Path(model), about), "prompts": prompts, **kept, "backend": backend}
+        settings = {
+            "model": model,
+            "weights": fingerprint(model, config=about),
+            "prompts": prompts,
+            **kept,
+            "backend": backend,
+        }
         record(directory, settings, {"name": name, "kind": "answers", "method": "greedy"})
     ranks.barrier()
-    longest = int(getattr(about, "max_position_embeddings", 0) or sys.maxsize)
+    longest = int(getattr(about.get_text_config(), "max_position_embeddings", 0) or sys.maxsize)
     work = [_templated(prompt, words, longest, config.max_new_tokens) for prompt in asked]
     journal = Journal(directory / "answers.jsonl", rank=ranks.rank())
     for prompt in asked:
@@ -119,7 +125,7 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     if backend == "vllm":
         _answer(work, journal, BLOCK, _vllm(model, config), words)
     else:
-        loaded = pretrained(AutoModelForCausalLM, Path(model), dtype="auto").to(device_name(config.device)).eval()
+        loaded, _ = load(model, device_name(config.device), tokenizer=config.tokenizer, apply_chat_template=True)
         _answer(work, journal, config.batch_size, _transformers(loaded, words), words)
     answers = ranks.merged(dict(journal))
     file = directory / "answers.jsonl"

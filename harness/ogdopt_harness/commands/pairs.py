@@ -24,7 +24,7 @@ from typing import Any
 import jsonargparse
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import GenerationConfig
 
 from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
@@ -36,7 +36,9 @@ from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device
 from ogdopt_harness.data.rows import as_messages, parse
 from ogdopt_harness.evaluation.items import judge_style, naming, read_patterns, read_rows
-from ogdopt_harness.evaluation.lm import decoded, ends_of, identity, load_words, pretrained
+from ogdopt_harness.evaluation.lm import decoded, ends_of, generating, load
+from ogdopt_harness.modeling.fingerprint import fingerprint
+from ogdopt_harness.modeling.pretrained import read_config
 from ogdopt_harness.pipeline.manifest import record
 
 ROW = "row"
@@ -119,7 +121,7 @@ def make_pairs(rows: str, config: PairsConfig) -> Path:
         )
     if ranks.rank() == 0:
         kept = {k: v for k, v in asdict(config).items() if k not in NOT_SAMPLING}
-        weights = {m: identity(Path(m), pretrained(AutoConfig, Path(m))) for m in models}
+        weights = {m: fingerprint(m, config=read_config(m, "model")) for m in models}
         record(directory, {"rows": rows, "weights": weights, **kept}, {"name": "pairs", "kind": "pairs", "method": "sampling"})
     ranks.barrier()
     for model in models:
@@ -224,26 +226,25 @@ def sample(model: str, asks: Sequence[Ask], config: PairsConfig) -> None:
     missing = [ask for ask in asks if ask.id not in journal][ranks.rank() :: ranks.size()]
     if not missing:
         return
-    words = load_words(Path(model), Path(config.tokenizer) if config.tokenizer else None, apply_chat_template=True)
-    loaded = pretrained(AutoModelForCausalLM, Path(model), dtype="auto").to(device_name(config.device)).eval()
+    loaded, words = load(model, device_name(config.device), tokenizer=config.tokenizer, apply_chat_template=True)
     ends = ends_of(loaded, words)
     pad = words.pad_token_id if words.pad_token_id is not None else (ends or [0])[0]
+    drawing = GenerationConfig(
+        do_sample=True,
+        num_return_sequences=config.num_return_sequences,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+    )
     for ask in tqdm(missing, desc="sampling", disable=ranks.rank() > 0 or not sys.stderr.isatty()):
         text = words.apply_chat_template(ask.messages, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([words(text, add_special_tokens=False).input_ids], device=loaded.device)
         torch.manual_seed(ask.seed)
-        found = loaded.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            num_return_sequences=config.num_return_sequences,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
-            max_new_tokens=config.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=ends or None,
-        )
+        with generating(loaded, drawing):
+            found = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         replies = [reply.strip() for reply in decoded(words, found[:, ids.shape[1] :].tolist())]
         journal.add([{"id": ask.id, "prompt": ask.prompt, "answers": replies}])
 

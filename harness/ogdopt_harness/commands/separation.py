@@ -18,7 +18,6 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ogdopt.dynamics import means, priority, separation
 from ogdopt_harness.analysis.study_reader import short_name
@@ -28,7 +27,7 @@ from ogdopt_harness.common.tables import NONE, Table, number, tiny
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device, listed
 from ogdopt_harness.data.behaviours import NO, YES, Behaviour, read_behaviours
-from ogdopt_harness.evaluation.lm import load_words, pretrained
+from ogdopt_harness.evaluation.lm import load
 from ogdopt_harness.modeling.adapters import bare
 from ogdopt_harness.modeling.embeddings import embed, flat
 from ogdopt_harness.reporting.figures import PAPER
@@ -75,8 +74,7 @@ def measure(models: Sequence[str], config: SeparationConfig) -> Table:
     for label, model in zip(labels, models, strict=True):
         if label in found:
             raise ValueError(f"two models are called {label}; give folders whose last parts differ")
-        words = load_words(Path(model), None, apply_chat_template=False)
-        loaded = pretrained(AutoModelForCausalLM, Path(model), dtype="auto").to(device_name(config.device)).eval()
+        loaded, words = load(model, device_name(config.device), apply_chat_template=False)
         sides = {b.name: embedded(loaded, words, b, config) for b in behaviours}
         levels = priority(torch.stack([means(*pair) for pair in sides.values()])).tolist()
         boundary = decision(loaded, words, behaviours[0].positive[0])

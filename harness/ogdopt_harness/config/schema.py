@@ -92,16 +92,18 @@ class ModelConfig:
     """The model: a hub id or Hugging Face folder, or one built here from an architecture."""
 
     model_name_or_path: str | None = "mistralai/Mistral-7B-v0.3"
-    """Hub id or folder of the model to start from; null builds a fresh one from `architecture`."""
+    """What to start from: a hub id, a Hugging Face folder, an adapter's folder (merged into its base) or a GGUF file; null: a
+    fresh model of `architecture`."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
-    tokenizer_name_or_path: str | None = "mistralai/Mistral-7B-Instruct-v0.3"
-    """Hub id or folder of the tokenizer with its chat template; null trains one on the study's own text."""
+    tokenizer_name_or_path: str | None = None
+    """Hub id or folder of another tokenizer with the model's vocabulary, for its chat template; null: the model's own, and for
+    a fresh model one that is trained on the study's own text."""
     tokenizer_type: Literal["bpe", "word"] = "bpe"
-    """Kind of tokenizer that is trained when `tokenizer_name_or_path` is null."""
+    """Kind of tokenizer that is trained for a fresh model."""
     vocab_size: int = 4096
     chat_template: str | None = None
-    """Jinja text of the chat template, for tokenizers of base models, which have none; null: the tokenizer's own."""
+    """Jinja text of the chat template, or a file with it, for tokenizers of base models; null: the tokenizer's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights; float32 master weights keep updates that bfloat16 would round away."""
     bf16: bool = True
@@ -120,6 +122,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.lora is not None and self.train_only:
             raise ValueError(f"model.lora is given, and model.train_only is {self.train_only}; expected one of them")
+
+    @property
+    def words(self) -> str | None:
+        """Where the tokenizer is: as told, or the model's own; None where one is trained."""
+        return self.tokenizer_name_or_path or self.model_name_or_path
 
     def at_stage(self, kind: str) -> ModelConfig:
         """These settings, without `lora` and `train_only` where a fresh model has its supervised stage (kind "sft")."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.modeling.pretrained import load_pretrained
+from ogdopt_harness.modeling.tokenizer import check_vocabulary, load_tokenizer
 
 Messages = list[dict[str, str]]
 StockLM: Any = HFLM  # a decorator of lm-eval hides the type of its class
@@ -38,12 +41,18 @@ PIECE = 16  # batches that are scored, and kept in the journal, together
 
 
 def load(
-    model: Path, device: str, *, tokenizer: Path | None = None, apply_chat_template: bool, device_map: str | None = None
+    model: Path | str,
+    device: str,
+    *,
+    tokenizer: Path | str | None = None,
+    apply_chat_template: bool,
+    device_map: str | None = None,
+    option: str = "model",
 ) -> tuple[Any, Any]:
     """Model and tokenizer of an exported folder (or a hub id), in the type that the weights are stored in.
 
     `tokenizer` is another folder or hub id that has it. With `device_map` ("auto") the layers are spread over all devices.
-    Raises ValueError where there is no model, no tokenizer, or no chat template to apply.
+    Raises ValueError where there is no model, no tokenizer, no chat template to apply, or the two do not belong together.
     """
     if device_map is not None and ranks.size() > 1:
         raise ValueError(
@@ -52,38 +61,20 @@ def load(
         )
     words = load_words(model, tokenizer, apply_chat_template)
     spread = {"device_map": device_map} if device_map else {}
-    loaded = pretrained(AutoModelForCausalLM, model, dtype="auto", **spread)
+    loaded: Any = load_pretrained(AutoModelForCausalLM, model, option, dtype="auto", **spread)
+    check_vocabulary(words, loaded.get_input_embeddings().weight.shape[0], str(model))
     return (loaded if device_map else loaded.to(device)).eval(), words
 
 
-def load_words(model: Path, tokenizer: Path | None, apply_chat_template: bool) -> Any:
+def load_words(model: Path | str, tokenizer: Path | str | None, apply_chat_template: bool) -> Any:
     """The tokenizer of `load`."""
-    words = pretrained(AutoTokenizer, tokenizer or model)
+    words = load_tokenizer(tokenizer or model, option="tokenizer")
     if apply_chat_template and not words.chat_template:
         raise ValueError(
             f"{tokenizer or model}: the tokenizer has no chat template; choose one that has (model.tokenizer_name_or_path), "
             "or set evals.apply_chat_template to false"
         )
     return words
-
-
-def pretrained(kind: Any, source: Path, **options: Any) -> Any:
-    """What one of transformers' Auto classes makes of a folder or a hub id. Raises ValueError where it cannot."""
-    try:  # a folder is all there is: the hub is not asked for what it lacks
-        return kind.from_pretrained(str(source), local_files_only=source.is_dir(), **options)
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{source}: {kind.__name__} cannot load it ({str(error).splitlines()[0]}); expected a Hugging Face folder "
-            "(one that training has exported) or a hub id within reach"
-        ) from error
-
-
-def identity(model: Path, config: Any) -> str:
-    """What changes when a model does: sizes and times of a folder's files, or the commit of a hub id."""
-    if not model.is_dir():
-        return f"{model}@{getattr(config, '_commit_hash', None)}"
-    files = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
-    return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
 def reply_delimiter(render: Callable[..., str]) -> str:
@@ -233,27 +224,33 @@ def greedy(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt (token ids), at most `new_tokens` long: up to and with an end-of-sequence token.
 
-    The prompts are one batch, padded on the left. It ends early once every reply holds one of the `stop` strings.
+    The prompts are one batch, padded on the left. It ends early once every reply holds one of the `stop` strings. Each token is
+    the argmax of the model's logits: nothing of its own generation configuration counts but the tokens that end a reply.
     """
     width = max(map(len, prompts))
     ends = ends_of(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
-        stopping_criteria=stop_sequences_criteria(tokenizer, list(stop), width, len(prompts)) if stop else None,
-    )
+    with generating(model, GenerationConfig(max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=ends or None)):
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            stopping_criteria=stop_sequences_criteria(tokenizer, list(stop), width, len(prompts)) if stop else None,
+        )
     replies = found[:, width:].tolist()
     return [reply[: next((i + 1 for i, token in enumerate(reply) if token in ends), len(reply))] for reply in replies]
+
+
+@contextmanager
+def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replies under this configuration alone: what is unset in one that is passed along comes from the model's own."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def decoded(tokenizer: Any, replies: list[list[int]]) -> list[str]:

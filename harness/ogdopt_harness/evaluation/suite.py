@@ -40,8 +40,9 @@ from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.evaluation.items import Row, judge_style, names_answer, read_items, read_style
-from ogdopt_harness.evaluation.lm import EvalLM, Messages, fold_system, identity, load
+from ogdopt_harness.evaluation.lm import EvalLM, Messages, fold_system, load
 from ogdopt_harness.evaluation.official import OFFICIAL, official_tasks
+from ogdopt_harness.modeling.fingerprint import fingerprint
 
 
 def evaluate(
@@ -81,7 +82,8 @@ def evaluate(
         shows = progress and ranks.rank() == 0
         with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not shows, file=terminal, leave=False) as bar:
             lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar)
-            about = {**settings(config, lm), **versions(), "model": identity(model_dir, model.config), "words": str(tokenizer)}
+            about = {**settings(config, lm), **versions(), "words": str(tokenizer)}
+            about["model"] = fingerprint(model_dir, config=model.config)
             digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
             lm.journal = Journal(output.with_name(f"{output.stem}.partial-{digest}.jsonl"), rank=ranks.rank())
             samples = ask(lm, config, [*local.values(), *(task for tasks in official.values() for task in tasks)])

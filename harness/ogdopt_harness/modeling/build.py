@@ -13,7 +13,7 @@ from transformers import utils as transformers_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ogdopt_harness.config.schema import ModelConfig
-from ogdopt_harness.modeling.tokenizer import first_line
+from ogdopt_harness.modeling.pretrained import load_pretrained
 
 PLAIN_ATTENTION = ("sdpa", "eager", "flex_attention")  # which need nothing but torch
 
@@ -66,20 +66,14 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
     return model.to(getattr(torch, config.dtype))
 
 
-def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub, its weights as `config.dtype`.
+def load_model(config: ModelConfig, name_or_path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a causal language model from a folder or the hub, its weights as `config.dtype`, every one from the checkpoint.
 
-    Raises ValueError if there is none, or if it is not what `config.architecture` says.
+    With `device_map="meta"` no weight is read. Raises ValueError if it cannot be loaded whole, or if it is not what
+    `config.architecture` says.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=getattr(torch, config.dtype), **attention_of(config)
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.model_name_or_path: no causal language model at {str(name_or_path)!r} ({first_line(error)}); "
-            "expected a Hugging Face folder or a hub id (offline only ids in the local cache can be had)"
-        ) from error
+    options |= {"dtype": getattr(torch, config.dtype), **attention_of(config)}
+    model = load_pretrained(AutoModelForCausalLM, name_or_path, "model.model_name_or_path", **options)
     if config.architecture:
         described, unknown = architecture(config), object()
         for key in config.architecture:
@@ -90,6 +84,18 @@ def load_model(config: ModelConfig, name_or_path: str | Path) -> PreTrainedModel
                     f"{'no such setting' if found is unknown else repr(found)}; correct the recipe"
                 )
     return model
+
+
+def outline(config: ModelConfig, tokens: int | None = None) -> PreTrainedModel:
+    """The model that `config` describes, whole, without storage: a checkpoint's headers are read, and no weight.
+
+    `tokens` is the size of the vocabulary of a fresh model. Raises ValueError as loading or building it does.
+    """
+    if config.model_name_or_path is None:
+        if not config.architecture:
+            raise ValueError("model.architecture is empty and model.model_name_or_path null; give one of them")
+        return meta_model(architecture(config, tokens))
+    return load_model(config, config.model_name_or_path, device_map="meta")
 
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:

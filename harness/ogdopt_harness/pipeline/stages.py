@@ -63,11 +63,11 @@ class SeedStudy:
         model, folder = self.config.model, self.home / "tokenizer"
         if folder.is_dir():
             return
-        if model.tokenizer_name_or_path is None:
+        if model.words is None:
             train_tokenizer(self._texts(), model, folder)
         elif model.chat_template is not None:  # kept with it, for models that are evaluated as they came
             with replaced(folder) as temporary:
-                load_tokenizer(model.tokenizer_name_or_path, model.chat_template).save_pretrained(temporary)
+                load_tokenizer(model.words, model.chat_template).save_pretrained(temporary)
 
     def supervised(self) -> None:
         """Train the start of all methods, if there is supervised data, and evaluate it."""
@@ -250,8 +250,8 @@ class SeedStudy:
     @property
     def _words(self) -> str | Path:
         """Where the study's tokenizer is."""
-        name = self.config.model.tokenizer_name_or_path
-        return self.home / "tokenizer" if name is None or self.config.model.chat_template is not None else name
+        model = self.config.model
+        return self.home / "tokenizer" if model.words is None or model.chat_template is not None else model.words
 
     @cached_property
     def _supervised_rows(self) -> dict[str, Any]:

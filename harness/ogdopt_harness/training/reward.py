@@ -17,6 +17,7 @@ from ogdopt.losses import Completion
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.examples import Example, collate
 from ogdopt_harness.modeling.build import attention_of
+from ogdopt_harness.modeling.pretrained import load_pretrained
 from ogdopt_harness.training.measures import sums_of
 from ogdopt_harness.training.progress import Signals, Speed, Taken
 from ogdopt_harness.training.scoring import rewards_of
@@ -28,15 +29,8 @@ def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_i
     if config.lora is not None or config.train_only:
         raise ValueError("reward_model trains all weights, since its head is new; leave model.lora and model.train_only out")
     torch.manual_seed(seed)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(name_or_path), num_labels=1, dtype=getattr(torch, config.dtype), **attention_of(config)
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no reward model can be made of {str(name_or_path)!r} ({str(error).strip().splitlines()[0]}); expected a folder "
-            "or hub id of an architecture that transformers has a sequence classification model for"
-        ) from error
+    options = {"num_labels": 1, "dtype": getattr(torch, config.dtype), **attention_of(config)}
+    model = load_pretrained(AutoModelForSequenceClassification, name_or_path, "reward_model", **options)
     model.config.pad_token_id = pad_token_id
     return model
 
