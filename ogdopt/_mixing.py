@@ -16,7 +16,7 @@ from ogdopt.distributed import elsewhere, settled, shared
 from ogdopt.errors import GradientError, warn
 from ogdopt.gram import Gram, gram
 from ogdopt.metric import Entry
-from ogdopt.passes import mix_
+from ogdopt.passes import mix_all
 from ogdopt.report import StepReport
 
 
@@ -114,9 +114,7 @@ class Mixing:
         places = [k for k, _ in present]
         if not setup.compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
             cancels = a.device.type != "cpu" or report.blocks.cancels(report.a, report.b)
-            for k, (_, _, w, l) in present:
-                assert w is not None
-                mix_(w, l, a[k], b[k], cancels)
+            mix_all([e.w for _, e in present if e.w is not None], [e.l for _, e in present], a[places], b[places], cancels)
         for _, e in present:
             e.p.grad = e.w
         again = sides.loser is not None and (setup.options.measure_change or setup.options.metric == "optimizer")
@@ -161,9 +159,9 @@ class Mixing:
         else:
             report = self.measure(entries, paired=False)
             if self.setup.options.max_norm is not None:
-                for entry, factor in zip(entries, self.setup.clips(report)):
-                    if entry.w is not None:
-                        mix_(entry.w, None, factor, factor)
+                there = [k for k, entry in enumerate(entries) if entry.w is not None]
+                factors = self.setup.clips(report)[there]
+                mix_all([entry.w for entry in entries if entry.w is not None], [None] * len(there), factors, factors)
         mixture = self.sides.mixture
         if mixture is not None:  # the numbers of project() say what the two gradients were; the norm is the present one
             mixture.factor = (report.norm / mixture.report.norm).nan_to_num(1.0)

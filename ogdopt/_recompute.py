@@ -19,7 +19,7 @@ from ogdopt.distributed import settled
 from ogdopt.errors import NO_GRADIENT, GradientError
 from ogdopt.gram import gram
 from ogdopt.metric import Entry
-from ogdopt.passes import mix_, products
+from ogdopt.passes import mix_, mix_all, products
 from ogdopt.report import StepReport
 
 
@@ -137,9 +137,9 @@ class Recompute:
                 if self.returned and isinstance(again, Tensor):
                     again.backward()
         with torch.no_grad():
-            for factor, p in zip(factors, self.parameters):
-                if p.grad is not None:
-                    mix_(p.grad, None, factor, factor)
+            there = [k for k, p in enumerate(self.parameters) if p.grad is not None]
+            gs = [p.grad for p in self.parameters if p.grad is not None]
+            mix_all(gs, [None] * len(gs), factors[there], factors[there])
         for p, g in alone.items():
             p.grad = g
         return again

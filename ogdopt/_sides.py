@@ -174,7 +174,7 @@ class Sides:
         if p in packed:
             one = torch.ones((), dtype=torch.float64, device=local(g).device)
             mix_(g, packed[p], one, one)
-        packed[p] = Stored(g, self.setup.options.set_aside)
+        packed[p] = Stored(g, self.setup.options.set_aside, packed.get(p))
         p.grad = None
 
     def _take(self, side: Side, packing: bool = False) -> dict[Tensor, Any]:

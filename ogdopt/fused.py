@@ -8,8 +8,11 @@ On a CPU products are summed in float32 over blocks of 1,024 and in float64 beyo
 float32 squares leave their range the sums are taken again by `gram.products`. A GPU sums in float64 throughout.
 
 The mixture is formed as a (w + r l) with r = b / a in two parts, since the rounding of one float32 number would be left, times
-g_l, in the direction of g_l. Where the base's update follows it is never written: two reads for the inner products, then one
-read of g_w, g_l, the parameter and its state, and one write of the last two.
+g_l, in the direction of g_l. Both r and a come as a power of two and a rest, one factor after the other: r lies between 1e-60
+and 1e60 for gradients between 1e-30 and 1e30, where a single float32 number ends.
+
+Where the base's update follows, the mixture is never written: two reads for the inner products, then one read of g_w, g_l, the
+parameter and its state, and one write of the last two.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from ogdopt import native
+from ogdopt import native, passes
 from ogdopt.distributed import local
 from ogdopt.metric import Entry
 from ogdopt.native import Unavailable
-from ogdopt.passes import ROUNDS_ONCE, mix_, products
+from ogdopt.passes import ROUNDS_ONCE, order_of, products
 from ogdopt.stored import Stored
 
 BLOCK = 1024
@@ -35,6 +38,8 @@ TOGETHER = 4
 """Tensors a call: enough that calling costs little beside the work, few enough that compiling does."""
 LEAST, MOST = 1e-34, 1e30
 """Mean squares in between are safe in float32; below, digits are lost to underflow."""
+FAR = 240
+"""Beyond this power of two between the coefficients of both gradients, one of the products is nothing beside the other."""
 CLOSE = 1e-6
 """1 - cos^2 under which float32 products are too coarse to tell parallel gradients from others."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,17 +61,17 @@ def inner(w: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
-    """c[3] (c[0] w + (c[1] + c[2]) l), float32, with c[0] 0 or 1.
+    """c[4] c[5] (c[0] w + (c[2] + c[3]) c[1] l), float32, with c[0] 0 or 1.
 
-    Where both cancel, w + c[1] l is small and rounded accordingly, if the compiler multiplies and adds in one instruction. A
-    CPU that has none such sums in float64.
+    Where both cancel, w + c[2] c[1] l is small and rounded accordingly, if the compiler multiplies and adds in one instruction.
+    A CPU that has none such sums in float64.
     """
     wide = torch.float64 if w.device.type == "cpu" and not ROUNDS_ONCE else torch.float32
-    x = torch.where(c[0] != 0, w.to(wide), 0.0)
+    x = torch.where(c[0] != 0, w.to(wide), 0.0)  # no product, which that instruction could take instead
     if l is not None:
-        y = l.to(wide)
-        x = x + y * c[1] + y * c[2]
-    return (x * c[3]).float()
+        y = l.to(wide) * c[1]
+        x = x + y * c[2] + y * c[3]
+    return (x * c[4] * c[5]).float()
 
 
 def rmsprop(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
@@ -185,7 +190,7 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
 
     Raises Unavailable, like `mix` and `step` before anything is changed.
     """
-    wholes = [None if w is None or l is None else _whole(w, l) for w, l in zip(ws, ls)]
+    wholes = [None if w is None or l is None else _whole((), w, l) for w, l in zip(ws, ls)]
     direct, bundles, rest = _divided(BLOCK, wholes)
     places, values = [], []
     for batch, run in _plan(_inner_of_all, bundles, ()):
@@ -195,20 +200,14 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
     if direct:
         found.append(native.products(list(direct.values())))
         places += direct
-    short: dict[Any, list[int]] = {}
-    for i in rest:
-        w, l = ws[i], ls[i]
-        if isinstance(w, Tensor) and isinstance(l, Tensor) and 0 < w.numel() < 2 * BLOCK:
-            short.setdefault((local(w).shape, w.dtype, l.dtype, w.device), []).append(i)
-        else:
-            found.append(products(w, l)[None])
-            places.append(i)
-    for some in short.values():  # one call for all of a length: norms and biases
-        x, y = (torch.stack([local(g[i]) for i in some]).double().flatten(1) for g in (ws, ls))
-        found.append(torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)], 1))
-        places += some
+    if rest:
+        some = next((x for i in rest for x in (ws[i], ls[i]) if x is not None), None)
+        home = found[0].device if found else torch.device("cpu") if some is None else local(some).device
+        found.append(passes.rows([ws[i] for i in rest], [ls[i] for i in rest], home))
+        places += rest
     numbers = torch.cat([part.to(found[0].device) for part in found])
-    numbers = torch.empty_like(numbers).index_copy_(0, torch.tensor(places, device=numbers.device), numbers)
+    order = torch.tensor(places, device="cpu").to(numbers.device)
+    numbers = torch.empty_like(numbers).index_copy_(0, order, numbers)
     for i in _coarse(numbers, ws):
         numbers[i] = products(ws[i], ls[i])
     return numbers
@@ -220,12 +219,12 @@ def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cpu" and ((a == 1) & (b == 0)).all():  # asking a GPU would cost more than mixing
         return True
     table = _coefficients(a, b)
-    direct, bundles, rest = _divided(WIDTH, [_whole(w, l) for w, l in zip(ws, ls)])
+    direct, bundles, rest = _divided(WIDTH, [_whole((0,), w, l) for w, l in zip(ws, ls)])
     _run(_mixed_all, bundles, (table,))
     if direct:
         native.step("mix", [(w, w, l) for w, l in direct.values()], table[[*direct]])
-    for i in rest:
-        mix_(ws[i], ls[i], a[i], b[i])
+    if rest:
+        passes.mix_all([ws[i] for i in rest], [ls[i] for i in rest], a[rest], b[rest])
     return True
 
 
@@ -249,12 +248,12 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
         if any(not isinstance(value, Tensor) for value in states):
             return False
         counts += [kept["step"]] if "step" in kept else []
-        wholes.append(_whole(parameter.detach(), w, l, *states))
+        wholes.append(_whole((0, *range(3, 3 + len(states))), parameter.detach(), w, l, *states))
         if wholes[-1] is None:
             return False
     direct, others, rest = _divided(WIDTH, wholes)
     bundles = [None if bundle is None else _with_winner(bundle) for bundle in others]
-    t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64)
+    t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64, device="cpu")
     settings = _settings(form, [entry.group for entry in moved], t).to(a.device, non_blocking=True)
     table = _coefficients(a[places], b[places])
     _run(form.update, bundles, (table, settings))
@@ -269,21 +268,35 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
 
 def _settings(form: Base, groups: Sequence[dict[str, Any]], t: Tensor) -> Tensor:
     """The numbers of every parameter's update, (P, H) float32."""
-    table: list[Tensor] = [torch.empty(0)] * len(groups)
-    for group in {id(g): g for g in groups}.values():
-        mine = [k for k, g in enumerate(groups) if g is group]
-        columns = [torch.as_tensor(x, dtype=torch.float64).expand(len(mine)) for x in form.numbers(group, t[mine])]
-        for k, row in zip(mine, torch.stack([c.to(t) for c in columns], 1)):
-            table[k] = row
-    return torch.stack(table).float()
+    places: dict[int, list[int]] = {}
+    for k, group in enumerate(groups):
+        places.setdefault(id(group), []).append(k)
+    found = []
+    for mine in places.values():
+        numbers = form.numbers(groups[mine[0]], t[mine])
+        columns = [torch.as_tensor(x, dtype=torch.float64, device=t.device).expand(len(mine)) for x in numbers]
+        found.append(torch.stack(columns, 1))
+    table = torch.cat(found)
+    order = torch.tensor([k for mine in places.values() for k in mine], device="cpu").to(t.device)
+    return torch.empty_like(table).index_copy_(0, order, table).float()
 
 
 def _coefficients(a: Tensor, b: Tensor) -> Tensor:
-    """`mixed`'s c for each of (P,) coefficients: (1, b / a in two parts, a), and (0, 1 in two parts, b) where a is 0."""
-    alone = a == 0
-    ratio = torch.where(alone, 1.0, b / a)
-    first = ratio.bfloat16().to(ratio)  # few digits, so that its product with an element is not rounded at the sum's last one
-    return torch.stack([torch.where(alone, 0.0, 1.0), first, ratio - first, torch.where(alone, b, a)], 1).float()
+    """`mixed`'s c for each of (P,) coefficients, (P, 6): of a and b / a, or of b alone where a is nothing beside it."""
+    alone = (a == 0) | (b.abs() > 2.0**FAR * a.abs())
+    outer = torch.where(alone, 1.0, a)
+    ratio = b / outer
+    power, rest = _factors(torch.where(ratio.abs() < 2.0**-FAR, 0.0, ratio))
+    first = rest.bfloat16().to(rest)  # few digits, so that its product with an element is not rounded at the sum's last one
+    keep = torch.where(alone, 0.0, torch.ones_like(a))
+    return torch.stack([keep, power, first, rest - first, *_factors(outer)], 1).float()
+
+
+def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two about as large as the root of |x|, and what is left of x."""
+    half = (torch.frexp(x).exponent.long() // 2).clamp(-120, 120)
+    power = ((half + 1023) << 52).view(torch.float64)  # by its bits, since no function promises to be exact
+    return power, x / power
 
 
 def _coarse(numbers: Tensor, ws: Sequence[Any]) -> list[int]:
@@ -291,7 +304,7 @@ def _coarse(numbers: Tensor, ws: Sequence[Any]) -> list[int]:
     if numbers.device.type != "cpu":
         return []
     ww, wl, ll = numbers.unbind(1)
-    sizes = torch.tensor([1 if w is None else max(1, w.numel()) for w in ws], dtype=torch.float64)
+    sizes = torch.tensor([1 if w is None else max(1, w.numel()) for w in ws], dtype=torch.float64, device="cpu")
     wrong = ~(torch.minimum(ww, ll) >= LEAST * sizes) | ~(torch.maximum(ww, ll) <= MOST * sizes)
     wrong |= ww * ll - wl * wl <= CLOSE * ww * ll
     return wrong.nonzero().flatten().tolist()
@@ -367,15 +380,28 @@ def _open(kind: Any, count: int, width: int) -> Tensor | None:
     return zeros
 
 
-def _whole(*tensors: Any) -> list[Any] | None:
-    """The local parts of tensors as plain ones, None kept; None where one waits in int8 or in another memory."""
-    found: list[Any] = []
-    for x in tensors:
-        if isinstance(x, Stored):
-            if x.scales is not None or x.values.device != x.device:
+def _whole(written: Sequence[int], *tensors: Any) -> list[Any] | None:
+    """The local parts of tensors as plain ones that lie in memory in one order, None kept.
+
+    What is only read and lies otherwise is copied. None where a tensor waits in int8 or in another memory, or where one that is
+    `written`, by place, cannot be had in the order of the first.
+    """
+    found: list[Any] = [
+        x.whole if isinstance(x, Stored) else x if x is None or type(x) is Tensor else local(x) for x in tensors
+    ]
+    there = [i for i, x in enumerate(tensors) if x is not None]
+    if any(found[i] is None for i in there):
+        return None
+    if all(found[i].is_contiguous() for i in there):
+        return found
+    order = order_of(found[there[0]])
+    for i in there:
+        turned = found[i].permute(order)
+        if not turned.is_contiguous():
+            if i in written:
                 return None
-            x = x.values.view(x.shape)
-        found.append(x if x is None or type(x) is Tensor else local(x))
+            turned = turned.contiguous()
+        found[i] = turned.view(-1)
     return found
 
 
@@ -396,7 +422,7 @@ def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
     for x in whole:
         if x is None:
             continue
-        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not native.flat(x):
+        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not native.plain(x):
             return None
     return [None if x is None else x.view(-1, width) for x in whole]
 

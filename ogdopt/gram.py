@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ogdopt.distributed import fault_of, local, settled, shared, together
-from ogdopt.passes import products
+from ogdopt.passes import rows as products_of_all
+from ogdopt.rounding import energies
 
 Value: TypeAlias = Callable[[], "Tensor | Iterable[Tensor]"]
 """Returns a scalar with a graph, or the parts of it."""
 
 
-# 1 - cos^2 under which two gradients are the same direction up to the rounding of their type.
-PARALLEL = {torch.float64: 1e-12, torch.float32: 1e-12, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-6}
+"""How far copies of a gradient may be apart on ranks, relative to its products; 16-bit types: 1e-3."""
 
 
 class Gram(NamedTuple):
@@ -37,11 +38,11 @@ class Gram(NamedTuple):
     ll: Tensor
     """<g_l, g_l>"""
     parallel: Tensor | float = 1e-12
-    """1 - cos^2 under which gradients of this precision cannot be told from parallel ones."""
+    """1 - cos^2 under which gradients cannot be told from parallel ones, by the rounding of each (`ogdopt.rounding`)."""
     fault: Tensor | None = None
     """0, or which of `FAULTS` the ranks found, the same on all of them; the numbers are then NaN. None without other ranks."""
     ranks: Tensor | None = None
-    """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, `parallel`."""
+    """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, tolerance."""
 
     @property
     def cosine(self) -> Tensor:
@@ -56,8 +57,17 @@ class Gram(NamedTuple):
 
     def pooled(self, sizes: Sequence[int]) -> Gram:
         """The numbers of blocks of `sizes` consecutive tensors each, added in a fixed order."""
-        ww, wl, ll = (torch.stack([part.sum() for part in x.split(list(sizes))]) for x in self[:3])
-        return Gram(ww, wl, ll, *self[3:])
+        if all(n == 1 for n in sizes):
+            return self
+        sizes = list(sizes)
+        ww, wl, ll = (torch.stack([part.sum() for part in x.split(sizes)]) for x in self[:3])
+        parallel = self.parallel
+        if isinstance(parallel, Tensor):
+            # By each tensor's share of the energy, which is the same of both gradients where they are parallel.
+            block = torch.tensor(blocks_of(sizes), device="cpu").to(ww.device, non_blocking=True)
+            weighted = parallel * (ratio(self.ww, ww[block]) + ratio(self.ll, ll[block])) / 2
+            parallel = torch.stack([part.sum() for part in weighted.split(sizes)])
+        return Gram(ww, wl, ll, parallel, *self[4:])
 
     def cancels(self, a: Tensor, b: Tensor) -> bool:
         """Whether in some block less than a tenth of `a g_w` is left in `a g_w + b g_l`; asks the device."""
@@ -87,12 +97,13 @@ def gram(
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
     `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Under torch.distributed the ranks' numbers
-    are added by one all-reduce of 3P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
+    are added by one all-reduce of 5P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
     part of it: shards (DTensors, or plain tensors with `process_group`) add up, copies (replicated DTensors, plain tensors
     otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss
     too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a
     side that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
-    `rows` are `products` that were taken before; the lists then only say which gradients there are and how they lie.
+    `rows` are `products` that were taken before; beside a sequence of them the winner's list only says which gradients there
+    are and how they lie.
 
     Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
     whole group.
@@ -101,28 +112,40 @@ def gram(
     several = together(process_group)
     if not present and not several:
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
-    device = local(present[0]).device if present else device
-    rows = [products(w, l) for w, l in zip(winner, loser)] if rows is None else rows
-    numbers = rows.to(device) if isinstance(rows, Tensor) else torch.stack([row.to(device) for row in rows])
-    parallel = max((PARALLEL.get(g.dtype.to_real(), 1e-6) for g in present), default=1e-12)
+    if present:
+        device = local(present[0]).device
+    device = torch.device("cpu") if device is None else device
+    if rows is None:
+        numbers = products_of_all(winner, loser, device)
+    else:
+        numbers = rows.to(device) if isinstance(rows, Tensor) else torch.stack([row.to(device) for row in rows])
+    gone = isinstance(rows, Sequence)  # measured one by one, and only their layout is left
+    rounding = [energies(winner, numbers[:, 0], look=not gone), energies(loser, numbers[:, 2])]
     if loss is not None:
         numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
+    numbers = torch.cat([numbers, torch.stack(rounding, 1)], 1)
     if not several:
-        ww, wl, ll = numbers.unbind(1)
-        return Gram(ww, wl, ll, parallel)
+        return _gram(numbers)
     who = shared([w if w is not None else l for w, l in zip(winner, loser)], process_group)
-    copies = torch.tensor(who.copies)
+    copies = torch.tensor(who.copies, device="cpu")
     # What must agree between ranks (copies), or must not: shards, each weighed by its place, so that equal shards of two
     # tensors are no copies. Constants are sent without waiting for the device.
-    weight = torch.arange(1, len(copies) + 1) if who.shards else copies == who.count
-    marks = torch.tensor([sum(g is not None for g in winner), sum(g is not None for g in loser), parallel], dtype=torch.float64)
-    mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers, marks.to(numbers, non_blocking=True)])
+    weight = torch.arange(1, len(copies) + 1, device="cpu") if who.shards else copies == who.count
+    tolerance = max((AGREEMENT.get(g.dtype.to_real(), 1e-3) for g in present), default=1e-6)
+    about = [sum(g is not None for g in winner), sum(g is not None for g in loser), tolerance]
+    marks = torch.tensor(about, dtype=torch.float64, device="cpu")
+    mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers[:, :3], marks.to(numbers, non_blocking=True)])
     table = mine.new_zeros(who.count, len(mine))
     table[dist.get_rank(process_group)] = mine
     numbers, table = who.reduce([numbers / copies.to(numbers, non_blocking=True)[:, None], table])
     fault = fault_of(table, who.shards, expected)
-    ww, wl, ll = torch.where(fault > 0, torch.nan, numbers).unbind(1)
-    return Gram(ww, wl, ll, table[:, 5].amax(), fault, table)
+    return _gram(torch.where(fault > 0, torch.nan, numbers))._replace(fault=fault, ranks=table)
+
+
+def _gram(numbers: Tensor) -> Gram:
+    """Gram numbers from rows of ww, wl, ll and the energies of both gradients' rounding."""
+    ww, wl, ll, of_winner, of_loser = numbers.unbind(1)
+    return Gram(ww, wl, ll, ratio(of_winner, ww) + ratio(of_loser, ll))
 
 
 def gradients(closure: Value, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor | None]]:

@@ -41,11 +41,11 @@ template <class L> void add_products(const float* w, const L* l, int64_t size, d
   for (int64_t k = 0; k < LANES; k++) { sums[0] += ww[k]; sums[1] += wl[k]; sums[2] += ll[k]; }
 }
 
-struct Numbers { float c[4], h[8]; };
+struct Numbers { float c[6], h[8]; };
 
 template <class L> float mixed(const Row& r, int64_t k, const Numbers& n) {
-  const float y = number(static_cast<const L*>(r.l)[k]);
-  return n.c[3] * ((n.c[0] != 0 ? r.w[k] : 0) + n.c[1] * y + n.c[2] * y);
+  const float y = n.c[1] * number(static_cast<const L*>(r.l)[k]);
+  return n.c[5] * (n.c[4] * ((n.c[0] != 0 ? r.w[k] : 0) + n.c[2] * y + n.c[3] * y));
 }
 
 // Updates: what to do with element k of the mixture, g. With a momentum, RMSprop and SGD have a state more.

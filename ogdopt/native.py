@@ -23,7 +23,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 FUNCTIONS = ("products", "mix", "rmsprop", "adam", "sgd")
-NUMBERS = 12
+NUMBERS = 14
 """Of a row: `fused.mixed`'s c, and the update's h, filled up."""
 
 
@@ -54,7 +54,7 @@ def library() -> Any:
     return built
 
 
-def flat(x: Tensor) -> bool:
+def plain(x: Tensor) -> bool:
     """Whether the elements lie in memory one after the other as they are read, which compiled loops take for granted."""
     return x.is_contiguous() and not x.is_neg()
 
@@ -69,7 +69,7 @@ def fits(*bundle: Any) -> bool:
     return all(
         type(x) is Tensor
         and x.device.type == "cpu"
-        and flat(x)
+        and plain(x)
         and (x.dtype == torch.float32 or (x is l and x.dtype == torch.bfloat16))
         for x in there
     )
@@ -77,7 +77,7 @@ def fits(*bundle: Any) -> bool:
 
 def products(pairs: Sequence[Sequence[Tensor]]) -> Tensor:
     """ww, wl, ll of every pair (g_w, g_l) that `fits`, (P, 3) float64. Raises Unavailable."""
-    found = torch.zeros(len(pairs), 3, dtype=torch.float64)
+    found = torch.zeros(len(pairs), 3, dtype=torch.float64, device="cpu")
     _call("products", [(w, w, l) for w, l in pairs], found)
     return found
 
@@ -89,11 +89,9 @@ def step(name: str, bundles: Sequence[Sequence[Any]], *tables: Tensor) -> None:
     """
     given = torch.cat(tables, 1).cpu()
     numbers = torch.nn.functional.pad(given, (0, NUMBERS - given.shape[1]))
-    for row, (_, w, l, *_) in zip(numbers, bundles):
-        if w is None:
-            row[0] = 0  # and what stands in its place is not looked at
-        if l is None:
-            row[1:3] = 0
+    # What stands in the place of a gradient that is not there is not looked at, or taken times 0.
+    numbers[[i for i, (_, w, *_) in enumerate(bundles) if w is None], 0] = 0
+    numbers[[i for i, (_, _, l, *_) in enumerate(bundles) if l is None], 1:4] = 0
     rows = [[p, p if w is None else w, w if l is None else l, *states] for p, w, l, *states in bundles]
     _call(name, rows, numbers)
     torch.autograd.graph.increment_version([row[0] for row in rows])
@@ -105,5 +103,5 @@ def _call(name: str, rows: Sequence[Sequence[Any]], numbers: Tensor) -> None:
         [*(x.data_ptr() for x in row), *[0] * (5 - len(row)), row[0].numel(), int(row[2].dtype == torch.bfloat16)]
         for row in rows
     ]
-    addresses = torch.tensor(table, dtype=torch.int64)
+    addresses = torch.tensor(table, dtype=torch.int64, device="cpu")
     getattr(library(), name)(len(rows), addresses.data_ptr(), torch.get_num_threads(), numbers.data_ptr())

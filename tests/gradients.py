@@ -15,7 +15,7 @@ def reference(ws: list[Tensor], ls: list[Tensor], max_norm: float | None = None)
     ww, wl, ll = w @ w, w @ x, x @ x
     c = wl.clamp(min=0) / ll if ll > 0 else 0.0
     u = w - c * x
-    if wl > 0 and 1 - wl * wl / (ww * ll) <= (1e-6 if ws[0].dtype == torch.bfloat16 else 1e-12):
+    if wl > 0 and 1 - wl * wl / (ww * ll) <= (32 * 2.0**-16 if ws[0].dtype == torch.bfloat16 else 1e-12):
         u = torch.zeros_like(u)
     if max_norm is not None:
         u = u * min(1.0, max_norm / (u.norm().item() + 1e-6))

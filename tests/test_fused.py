@@ -233,7 +233,7 @@ def test_a_gradient_that_was_set_aside_is_read_as_it_is(form):
     expected, _, theirs = trained(torch.optim.RMSprop, {}, fuse=False, set_aside=form)
     agree(params, expected)
     assert reports[1].cosine == pytest.approx(theirs[1].cosine, abs=1e-7)
-    assert fused._whole(Stored(torch.zeros(128), "int8")) is None
+    assert fused._whole((), Stored(torch.zeros(128), "int8")) is None
 
 
 def test_bf16_parameters():

@@ -167,14 +167,18 @@ def test_a_rank_without_any_gradient_takes_part():
             assert got.tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_the_threshold_of_parallel_gradients_is_the_coarsest_ranks():
+def test_the_threshold_of_parallel_gradients_counts_every_rank_s_part():
+    """One rank's shard of one tensor is bfloat16: that tensor's threshold lies in between, the others' stay, on both ranks."""
+
     def spoil(rank, *sides):
         if rank == 1:
             for side in sides:
                 side[0] = side[0].bfloat16()
 
-    found = [numbers.parallel for numbers in ranks((2,), [None] * 4, spoil=spoil, group=True)]
-    assert [float(x) for x in found] == [1e-6, 1e-6]
+    one, other = [numbers.parallel for numbers in ranks((2,), [None] * 4, spoil=spoil, group=True)]
+    assert torch.equal(one, other)
+    assert 1e-6 < one[0] < 32 * 2.0**-16
+    assert one[1:].tolist() == pytest.approx([1e-12] * 3)
 
 
 @pytest.mark.parametrize("backends", [None, "meta:some", "cpu:gloo,meta:some"])
