@@ -61,6 +61,7 @@ class Mixing:
         expected = (sides.winner is not None, sides.loser is not None)
         rows = setup.compiled(fused_forms.rows, ws, ls) if rows is None and paired else rows
         tensors = gram(ws, ls, options.process_group, loss, entries[0].p.device, expected, rows)
+        tensors = tensors._replace(parameters=tuple(entry.p for entry in entries))
         sides.measured = blocks = tensors.pooled(setup.block_sizes())
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = options.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))

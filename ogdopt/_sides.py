@@ -172,6 +172,7 @@ class Sides:
         assert p.grad is not None
         packed, g = self._packed, settled(p.grad, p)
         if p in packed:
+            self._refuse_aliases("loser", {p: g}, packed, "an earlier backward pass of it")
             one = torch.ones((), dtype=torch.float64, device=local(g).device)
             mix_(g, packed[p], one, one)
         packed[p] = Stored(g, self.setup.options.set_aside, packed.get(p))
@@ -206,11 +207,13 @@ class Sides:
             )
         return taken
 
-    def _refuse_aliases(self, side: Side, taken: dict[Tensor, Any], other: dict[Tensor, Any]) -> None:
+    def _refuse_aliases(
+        self, side: Side, taken: dict[Tensor, Any], other: dict[Tensor, Any], whose: str = "the other side"
+    ) -> None:
         shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items()) if other else 0
         if shared:
             raise GradientError(
-                f"the {side}'s pass wrote the gradients of {shared} parameters over those of the other side: the two share "
+                f"the {side}'s pass wrote the gradients of {shared} parameters over those of {whose}: the two share "
                 "memory. CUDA graphs do so (torch.compile's reduce-overhead and max-autotune modes), and hooks that keep "
                 "gradient buffers: compile without CUDA graphs, or clone p.grad at the end of each side's context"
             )

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ogdopt.distributed import local, shared
 from ogdopt.gram import Gram, Value, gradients, gram, parts
 from ogdopt.losses import Completion, Pairs
 from ogdopt.passes import moved
+from ogdopt.report import StepReport
 
 
 def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, float]:
@@ -113,7 +114,7 @@ def probe(
     (a, ws), (b, ls) = (gradients(closure, watched) for closure in (chosen, rejected))
     for p, g in zip(watched, kept):
         p.grad = g
-    seen = Probe(gram(ws, ls, process_group, device=watched[0].device))
+    seen = Probe(gram(ws, ls, process_group, device=watched[0].device)._replace(parameters=tuple(watched)))
     before = [local(p.detach()).clone() for p in watched]
     yield seen
     with torch.no_grad():
@@ -155,23 +156,55 @@ def cosines(products: Tensor) -> Tensor:
     return (products / torch.outer(norms, norms)).nan_to_num(0.0).clamp(-1, 1)
 
 
-def by_layer(tensors: Gram, names: Sequence[str]) -> dict[str, float]:
-    """Cosine of the two gradients in each layer, from the numbers of each tensor (`StepReport.tensors`, `Probe.gram`).
+def by_layer(
+    numbers: Gram | StepReport | Probe, model: nn.Module | Iterable[tuple[str, Tensor]] | Sequence[str]
+) -> dict[str, float]:
+    """Cosine of the two gradients in each layer, from what a step's report or a probe has of each tensor.
 
-    `names` are the tensors', as in `model.named_parameters()`; a layer is the first number in a name, and what has none goes by
-    the name of its module.
+    `model`, or its `named_parameters()`, says what the tensors are called: each number knows its parameter, whatever the order
+    of the optimizer's groups and whichever are frozen. A list of names alone is for Gram numbers that were made by hand, one
+    name an entry. A layer is the first number in a name, and what has none goes by the name of its module.
+
+    Raises ValueError where a parameter is not the model's or the numbers of names and entries differ, TypeError for a list of
+    names where the parameters are known.
 
     >>> import torch
     >>> x = torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64)
     >>> by_layer(Gram(x, torch.tensor([0.5, 1.0, -4.0]), x), ["model.embed.weight", "h.0.up.weight", "h.0.down.weight"])
     {'embed': 0.5, '0': -0.6}
     """
+    tensors = numbers.tensors if isinstance(numbers, StepReport) else numbers.gram if isinstance(numbers, Probe) else numbers
     sums: dict[str, list[float]] = {}
-    for name, *numbers in zip(names, *(x.tolist() for x in tensors[:3])):
+    for name, *entry in zip(_names(tensors, model), *(x.tolist() for x in tensors[:3])):
         found = re.search(r"(?:^|\.)(\d+)\.", name)
         layer = found[1] if found else name.split(".")[-2] if "." in name else name
-        sums[layer] = [x + y for x, y in zip(sums.get(layer, [0.0] * 3), numbers)]
+        sums[layer] = [x + y for x, y in zip(sums.get(layer, [0.0] * 3), entry)]
     return {layer: wl / math.sqrt(ww) / math.sqrt(ll) if ww > 0 and ll > 0 else 0.0 for layer, (ww, wl, ll) in sums.items()}
+
+
+def _names(tensors: Gram, model: nn.Module | Iterable[tuple[str, Tensor]] | Sequence[str]) -> list[str]:
+    """What the model calls the parameters of the entries."""
+    pairs = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    bare = [pair for pair in pairs if isinstance(pair, str)]
+    if bare and tensors.parameters is not None:
+        raise TypeError(
+            f"by_layer() got {len(bare)} names, and the order of these {len(tensors.ww)} numbers may be another (frozen "
+            "parameters, groups of an optimizer); pass the model, or model.named_parameters()"
+        )
+    if tensors.parameters is None:
+        if len(pairs) != len(tensors.ww):
+            raise ValueError(
+                f"by_layer() got {len(pairs)} names for {len(tensors.ww)} Gram numbers; expected one name an entry"
+            )
+        return [pair if isinstance(pair, str) else pair[0] for pair in pairs]
+    names = {p: name for name, p in reversed(pairs)}  # type: ignore[misc]  # no strings are left
+    strange = [tuple(p.shape) for p in tensors.parameters if p not in names]
+    if strange:
+        raise ValueError(
+            f"by_layer() found {len(strange)} of {len(tensors.parameters)} parameters that the model does not have (shapes "
+            f"{', '.join(map(str, strange[:5]))}); pass the model that the optimizer or the probe was given the parameters of"
+        )
+    return [names[p] for p in tensors.parameters]
 
 
 def weights(loss: Callable[..., Tensor], pairs: Pairs, **hyperparameters: Any) -> tuple[Tensor, Tensor]:

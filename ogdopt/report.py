@@ -40,7 +40,7 @@ class StepReport:
         self.group_norms: Tensor | None = None
         """L2 norm of the mixture in each parameter group, where `max_norm` has a limit for each."""
         self.tensors = blocks
-        """Gram numbers of each tensor, in the order of the optimizer's parameters, for `diagnostics.by_layer`."""
+        """Gram numbers of each tensor, with its parameter, for `diagnostics.by_layer`."""
         self.passes = 0
         """Further passes over the gradients that `metric="optimizer"` took."""
         self.inexact = False

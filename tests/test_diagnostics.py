@@ -205,11 +205,66 @@ def test_layers_from_the_numbers_of_each_tensor(scope):
     opt = PairedGradient(torch.optim.SGD(model.parameters(), lr=0.0), watch, scope=scope)
     report = opt.step(*(lambda x=x: -model(x).logp.mean() for x in tokens))
     assert [x.sum().item() for x in report.tensors[:3]] == pytest.approx(list(report.gram))
-    names = [name for name, _ in model.named_parameters()]
-    found = by_layer(report.tensors, names)
+    found = by_layer(report, model)
     assert list(found) == ["embed", "hidden", "head"]
     ws, ls = ([torch.autograd.grad(model(x).logp.mean(), p)[0] for p in model.hidden.parameters()] for x in tokens)
     assert found["hidden"] == pytest.approx(gram(ws, ls).pooled([2]).cosine.item())
+
+
+def four_layers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(4)])
+    x, y = torch.randn(9, 6), torch.randn(9, 6)
+    return model, lambda: model(x).square().mean(), lambda: (model(y) - 1).square().mean()
+
+
+def cosine_of_each_layer(model, winner, loser):
+    """By autograd, layer by layer."""
+    found = {}
+    for k, layer in enumerate(model):
+        ps = [p for p in layer.parameters() if p.requires_grad]
+        if ps:
+            ws, ls = (torch.autograd.grad(loss(), ps) for loss in (winner, loser))
+            found[str(k)] = inner(ws, ls) / (norm(ws) * norm(ls))
+    return found
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 1), (1,), (3,)])
+def test_layers_of_a_model_with_frozen_parameters(frozen):
+    """As every user of adapters has it: the probe is given all parameters, and looks at those that are trained."""
+    model, winner, loser = four_layers()
+    for k in frozen:
+        model[k].requires_grad_(False)
+    with probe(model.parameters(), winner, loser) as seen:
+        pass
+    expected = pytest.approx(cosine_of_each_layer(model, winner, loser), rel=1e-5)
+    for model_or_pairs in (model, model.named_parameters(), dict(model.named_parameters()).items()):
+        assert by_layer(seen, model_or_pairs) == expected
+    assert by_layer(seen.gram, model) == expected
+
+
+def test_layers_where_the_optimizer_has_groups_of_its_own():
+    """Decay for matrices and none for biases, the usual order: not the model's."""
+    model, winner, loser = four_layers()
+    groups = [{"params": [p for p in model.parameters() if p.ndim == n], "weight_decay": 0.1 * (n == 2)} for n in (2, 1)]
+    report = PairedGradient(torch.optim.SGD(groups, lr=0.0), watch).step(winner, loser)
+    assert by_layer(report, model) == pytest.approx(cosine_of_each_layer(model, winner, loser), rel=1e-5)
+    assert by_layer(report.tensors, torch.nn.ModuleDict({"inner": model})) == by_layer(report, model)
+
+
+def test_names_of_another_origin_are_refused():
+    model, winner, loser = four_layers()
+    names = [name for name, _ in model.named_parameters()]
+    with probe(model.parameters(), winner, loser) as seen:
+        pass
+    with pytest.raises(TypeError, match=r"by_layer\(\) got 8 names.*pass the model, or model\.named_parameters"):
+        by_layer(seen, names)
+    with pytest.raises(ValueError, match=r"8 of 8 parameters that the model does not have \(shapes \(6, 6\), \(6,\)"):
+        by_layer(seen, four_layers()[0])
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="got 8 names for 3 Gram numbers; expected one name an entry"):
+        by_layer(Gram(x, x, x), names)
+    assert seen.gram.pooled([8]).parameters is None
 
 
 def test_names_of_layers():

@@ -51,6 +51,47 @@ def test_two_gradients_in_one_buffer_are_refused(order):
     assert torch.equal(vector(model), before) and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("set_aside", [None, torch.bfloat16])
+@pytest.mark.parametrize("order", [("loser", "winner"), ("winner", "loser")])
+def test_one_buffer_for_two_bfloat16_gradients_is_refused(order, set_aside):
+    """A gradient that is bfloat16 already is set aside as bfloat16 by reference."""
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    opt = ProjectedGradient(SGD([p], lr=1.0), set_aside=set_aside)
+    buffer = torch.zeros_like(p)
+
+    def replay(value):
+        p.grad = buffer.fill_(value)
+
+    with getattr(opt, order[0])():
+        replay(1.0)
+    with pytest.raises(GradientError, match="of 1 parameters over those of the other side"), getattr(opt, order[1])():
+        replay(2.0)
+    assert p.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("set_aside", ["int8", "cpu"])
+def test_one_buffer_will_do_where_the_loser_s_gradient_is_copied(set_aside):
+    p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    opt = ProjectedGradient(SGD([p], lr=1.0), set_aside=set_aside)
+    buffer = torch.zeros_like(p)
+    for context, values in ((opt.loser, (1.0, 0.0)), (opt.winner, (1.0, 1.0))):
+        with context():
+            p.grad = buffer.copy_(torch.tensor(values))
+    opt.step()
+    assert p.tolist() == [0.0, -1.0]
+
+
+def test_one_buffer_for_two_micro_batches_of_the_loser_is_refused():
+    """The second pass would be added to itself."""
+    p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    opt = ProjectedGradient(SGD([p], lr=1.0), set_aside=torch.bfloat16)
+    buffer = torch.zeros_like(p)
+    with pytest.raises(GradientError, match="over those of an earlier backward pass of it"), opt.loser():
+        for direction in ((1.0, 0.0), (0.0, 1.0)):
+            p.grad = buffer.zero_()
+            (p * torch.tensor(direction, dtype=torch.bfloat16)).sum().backward()
+
+
 def test_gradients_side_by_side_in_one_buffer_are_fine():
     p = nn.Parameter(torch.zeros(2))
     opt = ProjectedGradient(SGD([p], lr=1.0))

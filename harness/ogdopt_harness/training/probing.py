@@ -11,14 +11,9 @@ from ogdopt.diagnostics import by_layer, entanglement
 from ogdopt.gram import Gram
 
 
-def names(model: nn.Module) -> list[str]:
-    """Names of the trained parameters, in the order of the optimizer's."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def layers(tensors: Gram, names: Sequence[str]) -> dict[str, float]:
+def layers(tensors: Gram, model: nn.Module) -> dict[str, float]:
     """`entanglement/layer/<layer>`: the cosine of the two gradients in each layer."""
-    return {f"entanglement/layer/{layer}": cosine for layer, cosine in by_layer(tensors, names).items()}
+    return {f"entanglement/layer/{layer}": cosine for layer, cosine in by_layer(tensors, model).items()}
 
 
 def over_pairs(numbers: Sequence[Gram]) -> dict[str, float]:

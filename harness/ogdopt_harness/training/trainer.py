@@ -256,7 +256,7 @@ class Trainer(Collector):
         return found | seen.metrics | self._layers()
 
     def _layers(self) -> dict[str, float]:
-        return {} if self.tensors is None else probing.layers(self.tensors, probing.names(self.trained))
+        return {} if self.tensors is None else probing.layers(self.tensors, self.trained)
 
 
 def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
