@@ -66,15 +66,9 @@ def elsewhere(parameters: Sequence[Tensor], process_group: dist.ProcessGroup | N
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients start at one address: something wrote the second over the first."""
-<<<<<<< HEAD
     # What is set aside in the type that it has already is not copied.
     address, there = (local(x if isinstance(x, Tensor) else x.values).data_ptr() for x in (one, other))
     return address != 0 and address == there
-=======
-    # What is packed has its values in a memory of its own, unless its type was the packed one already.
-    first, second = (getattr(x, "values", None) if not isinstance(x, Tensor) else local(x) for x in (one, other))
-    return first is not None and second is not None and first.data_ptr() == second.data_ptr() != 0
->>>>>>> 192dec1 (by_layer names layers by the parameters that the numbers belong to; one buffer for two bfloat16 gradients is refused when the loser's is set aside as bfloat16)
 
 
 def pending(parameters: Sequence[Tensor], model: nn.Module | None) -> str | None:

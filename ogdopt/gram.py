@@ -42,13 +42,9 @@ class Gram(NamedTuple):
     fault: Tensor | None = None
     """0, or which of `FAULTS` the ranks found, the same on all of them; the numbers are then NaN. None without other ranks."""
     ranks: Tensor | None = None
-<<<<<<< HEAD
     """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, tolerance."""
-=======
-    """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, `parallel`."""
     parameters: tuple[Tensor, ...] | None = None
     """The parameter of each entry, where every entry is a tensor and it is known whose."""
->>>>>>> 192dec1 (by_layer names layers by the parameters that the numbers belong to; one buffer for two bfloat16 gradients is refused when the loser's is set aside as bfloat16)
 
     @property
     def cosine(self) -> Tensor:
@@ -63,7 +59,6 @@ class Gram(NamedTuple):
 
     def pooled(self, sizes: Sequence[int]) -> Gram:
         """The numbers of blocks of `sizes` consecutive tensors each, added in a fixed order."""
-<<<<<<< HEAD
         if all(n == 1 for n in sizes):
             return self
         sizes = list(sizes)
@@ -74,11 +69,7 @@ class Gram(NamedTuple):
             block = torch.tensor(blocks_of(sizes), device="cpu").to(ww.device, non_blocking=True)
             weighted = parallel * (ratio(self.ww, ww[block]) + ratio(self.ll, ll[block])) / 2
             parallel = torch.stack([part.sum() for part in weighted.split(sizes)])
-        return Gram(ww, wl, ll, parallel, *self[4:])
-=======
-        ww, wl, ll = (torch.stack([part.sum() for part in x.split(list(sizes))]) for x in self[:3])
-        return Gram(ww, wl, ll, self.parallel, self.fault, self.ranks)
->>>>>>> 192dec1 (by_layer names layers by the parameters that the numbers belong to; one buffer for two bfloat16 gradients is refused when the loser's is set aside as bfloat16)
+        return Gram(ww, wl, ll, parallel, self.fault, self.ranks)
 
     def cancels(self, a: Tensor, b: Tensor) -> bool:
         """Whether in some block less than a tenth of `a g_w` is left in `a g_w + b g_l`; asks the device."""
