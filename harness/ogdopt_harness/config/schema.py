@@ -62,8 +62,8 @@ class WorldConfig:
     sft_conversations: int = 20_000
     preference_pairs: int = 1024
     newcomers: int = 0
-    """Further people, of whom the supervised conversations say nothing: their facts are in a file of their own, to be learned
-    beside the preference."""
+    """Further people whom the supervised conversations leave out. Their facts are in a file of their own, to be learned
+    together with the preference."""
     held_out_pairs: int = 128
     items: int = 128
     """Most test items a benchmark family holds."""
@@ -78,9 +78,9 @@ class LoraConfig:
     lora_alpha: float = 16
     """What is added is multiplied by lora_alpha / r."""
     lora_dropout: float = 0.0
-    """Dropout before the adapters while a gradient is taken; never in a measurement."""
+    """Dropout before the adapters in training; never in a measurement."""
     target_modules: list[str] | str = "all-linear"
-    """Ends of the names of the modules that get one, e.g. [q_proj, v_proj]; all-linear: all but the head."""
+    """Ends of the names of the modules that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but the head."""
 
     def __post_init__(self) -> None:
         if not self.target_modules or not all(self.target_modules):
@@ -92,13 +92,13 @@ class ModelConfig:
     """The model: a hub id or Hugging Face folder, or one built here from an architecture."""
 
     model_name_or_path: str | None = "mistralai/Mistral-7B-v0.3"
-    """What to start from: a hub id, a Hugging Face folder, an adapter's folder (merged into its base) or a GGUF file; null: a
-    fresh model of `architecture`."""
+    """A hub id, a Hugging Face folder, an adapter's folder (merged into its base) or a GGUF file. null: a fresh model of
+    `architecture`."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the transformers configuration class named by its key `model_type` (e.g. mistral)."""
     tokenizer_name_or_path: str | None = None
-    """Hub id or folder of another tokenizer with the model's vocabulary, for its chat template; null: the model's own, and for
-    a fresh model one that is trained on the study's own text."""
+    """Hub id or folder of another tokenizer with the model's vocabulary, for its chat template. null: the model's own. A fresh
+    model gets one that is trained on the study's text."""
     tokenizer_type: Literal["bpe", "word"] = "bpe"
     """Kind of tokenizer that is trained for a fresh model."""
     vocab_size: int = 4096
@@ -112,12 +112,11 @@ class ModelConfig:
     """How attention is computed: sdpa, eager, flex_attention, or, with its package, flash_attention_2; null: sdpa."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
-    """Train adapters in both stages instead of the weights, which stay those of the model that a stage starts from; exported
-    models hold the sum. A model that is built from `architecture` has its supervised stage without, since it knows nothing
-    yet. null: train the weights."""
+    """Train adapters in both stages, and leave the weights alone. Exports hold the sum of both. A fresh model trains its
+    weights in the supervised stage, since it knows nothing yet. null: train the weights."""
     train_only: list[str] = field(default_factory=list)
-    """Train the parameters alone whose dotted names hold one of these, e.g. [lm_head] (the unembedding) or [layers.31], in both
-    stages but as `lora` says; the others stay as they are. Empty: all."""
+    """Train only parameters whose dotted names hold one of these, e.g. [lm_head] (the unembedding) or [layers.31]. It holds for
+    the same stages as `lora`. Empty: train all."""
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.train_only:
@@ -146,8 +145,8 @@ class DataConfig:
     eval_split: str = "test"
     """Splits that are read from hub data sets."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our column name -> the name in the files, e.g. {chosen: accepted}; never guessed. `a|b` takes the first that a row has;
-    a mapped `input` (Alpaca) is put below the prompt."""
+    """Our column name -> the name in the files, e.g. {chosen: accepted}; never guessed. `a|b` is the first that a row has. A
+    mapped `input` (Alpaca) follows the prompt."""
     max_length: int = 4096
     """Longest prompt plus completion, in tokens."""
     max_prompt_length: int = 2048
@@ -155,7 +154,7 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """error: stop before training and name the rows; skip: leave them out, named and counted."""
     on_long_row: Literal["drop", "truncate", "error"] = "drop"
-    """drop: leave rows over a limit out, counted; truncate: keep the end of the prompt and the start of the completion."""
+    """drop: leave out and count rows over a limit; truncate: keep the prompt's end and the completion's start; error: stop."""
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
 
@@ -188,23 +187,23 @@ class StageConfig:
     max_grad_norm: float | None = 10.0
     """Largest L2 norm of the (projected) gradient; null: no clipping."""
     set_aside: Literal["bfloat16", "int8", "cpu"] | None = None
-    """How the losers' gradient waits for the winners': as it is (null), rounded, or in the host's memory."""
+    """How the rejected's gradient waits for the chosen's: as it is (null), rounded, or in the host's memory."""
     fused: bool = False
     """Projection, clipping and the optimizer's step in two compiled passes over memory; needs a compiler."""
     update_cosine_steps: int | None = None
-    """Measure `ogd/update_cosine_*` of a method of two gradients every so many steps, which keeps a copy of the parameters
-    meanwhile; null: at the steps that measure held-out pairs (`eval_steps`)."""
+    """Measure `ogd/update_cosine_*` every so many steps, for methods of two gradients. It copies the parameters for that step.
+    null: at the steps that measure held-out pairs (`eval_steps`)."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Negative log-likelihood of a sequence: sum or mean over its tokens; sequences are averaged in both."""
     train_on_prompt: bool = False
     """Loss on every token of the sequence instead of the completion alone."""
     seed: int = 1
     eval_steps: int | None = None
-    """Measure held-out pairs every so many steps; null: ten times an epoch. Step 0 and every epoch's end always."""
+    """Measure held-out pairs every so many steps; null: ten times an epoch. Step 0 and each epoch's end are always measured."""
     save_steps: int | None = None
-    """Also save a checkpoint every so many steps; every epoch's end always."""
+    """Save a checkpoint every so many steps, besides the one at each epoch's end."""
     export: Literal["all", "last"] = "all"
-    """Which models are written as Hugging Face folders: that of every epoch, or the last alone."""
+    """Which models are exported as Hugging Face folders: one for every epoch, or only the last."""
     logging_steps: int = 1
 
     @property
@@ -241,8 +240,8 @@ class TaskConfig:
     family: str = ""
     """What the benchmark measures, e.g. commonsense, knowledge, math, reading; only shown in tables."""
     ask: list[Literal["direct", "cloze", "generate"]] = field(default_factory=lambda: ["direct"])
-    """direct: choices after the chat-templated question (the paper's TAX); cloze: choices after the row's plain text
-    `cloze`; generate: does the greedy reply contain the answer?"""
+    """direct: choices after the question in the chat template (the paper's TAX). cloze: choices after the row's plain text
+    `cloze`. generate: does the greedy reply contain the answer?"""
 
 
 @dataclass(frozen=True)
@@ -254,27 +253,27 @@ class EvalConfig:
     lm_eval_tasks: list[str] = field(default_factory=list)
     """Names of official lm-evaluation-harness tasks (they need the hub, its cache, or `lm_eval_data`)."""
     lm_eval_data: str | None = None
-    """Folder of hub data sets, `<owner>/<name>/...` laid out as on the hub, that official tasks are read from instead."""
+    """Folder with hub data sets as `<owner>/<name>/...`. Official tasks are then read from it instead of the hub."""
     limit: int | None = None
     """Only the first so many items of each task."""
     batch_size: int = 64
     max_new_tokens: int = 32
     epochs: Literal["all", "last"] = "all"
-    """Which of a run's models are evaluated: after every epoch, or at its end alone."""
+    """Which of a run's models are evaluated: after every epoch, or only at its end."""
     style: str | None = None
-    """JSON file {chosen_pattern, rejected_pattern}: regular expressions that tell the preferred style of a reply."""
+    """JSON file {chosen_pattern, rejected_pattern}: regular expressions that recognise the style of a reply."""
     style_prompts: str | None = None
     """JSONL of {prompt}: held-out prompts whose greedy replies `style` judges."""
     apply_chat_template: bool = True
     system_instruction: str | None = None
-    """A system prompt; like the tasks' own descriptions it becomes the first sentence of the user's turn, as in the paper."""
+    """A system prompt. It becomes the first sentence of the user's turn, as in the paper; so do the tasks' descriptions."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """auto: spread the layers of a model that one GPU cannot hold over all of them (one process; needs accelerate)."""
+    """auto: spread the layers over all GPUs, for models that one GPU cannot hold. It needs one process, and accelerate."""
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """What the method sparse learns beside the model: a significance for every token; positive: the token counts."""
+    """What the method sparse learns together with the model: a significance for every token; positive: the token counts."""
 
     significance: Literal["hidden", "free"] = "hidden"
     """hidden: one linear layer on hidden states; free: a number for every token of the training rows."""
@@ -290,51 +289,50 @@ class PreferenceConfig(StageConfig):
     beta: list[float] = field(default_factory=lambda: [0.2, 0.1, 0.05, 0.02])
     """Strengths of the methods that have one (dpo); each is a run of its own."""
     warn_at: dict[str, float] = field(default_factory=dict)
-    """Where the 3D-properties warn, of held-out pairs in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise;
-    defaults and meaning: `ogdopt.three_d.Thresholds`."""
+    """When the 3D-properties of held-out pairs warn, in nats a token: ratio_growth, chosen_share, chosen_drop, unseen_rise.
+    `ogdopt.three_d.Thresholds` has the defaults."""
     loss_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further hyper-parameters of losses by method, e.g. {simpo: {simpo_gamma: 0.5}}; the defaults are in `ogdopt.losses`."""
     sparse: SparseConfig = field(default_factory=SparseConfig)
     probe_steps: int | None = None
-    """For methods of one gradient (dpo and other losses of pairs): every so many steps, take the chosen's and the rejected's
-    gradients too and log what they say of both log-probabilities, and what the step does to them; null: never. It costs as
-    much as two steps. Methods of two gradients log what theirs say at every step, for nothing."""
+    """For methods of one gradient (dpo and other losses of pairs): log entanglement every so many steps; null: never. It needs
+    the gradients of both sides, and costs as much as two steps. Methods of two gradients log it at every step, at no cost."""
 
 
 @dataclass(frozen=True)
 class JointConfig:
-    """Preference pairs and supervised rows in one run: the methods mix, alright, maxright, sequential and their kin.
+    """Preference pairs and supervised rows in one run: the methods mix, alright, maxright, sequential and their variants.
 
-    Everything else is the preference stage's (pairs, optimizer, steps, `loss_reduction`, `train_on_prompt`): an epoch is a
-    pass over the pairs' batches, however the steps are shared, and each stream goes through its own rows at its own pace.
+    All other settings are those of the preference stage. An epoch is one pass over the pairs' batches, however the steps are
+    shared. Each stream goes through its own rows at its own pace.
     """
 
     data: DataConfig | None = None
-    """Supervised rows of these methods; null: those of `sft.data`. `eval` rows are followed as `eval_loss`."""
+    """Supervised rows of these methods; null: those of `sft.data`. The loss of `eval` rows is logged as `eval_loss`."""
     lambdas: list[float] = field(default_factory=lambda: [0.5])
     """Weights of the preference loss, from 0 to 1; the supervised loss has 1 - lambda. Each is a run of its own."""
     evaluate_every: list[int] = field(default_factory=lambda: [10])
-    """For maxright: evaluate both losses every so many steps, and go by the last known ones in between; -1: at step 0 alone.
-    Each is a run of its own."""
+    """For maxright: evaluate both losses every so many steps, and use the last ones in between; -1: only at step 0. Each is a
+    run of its own."""
     beta: float = 0.1
-    """Beta of the DPO loss, which every joint method is measured by."""
+    """Beta of the DPO loss. All joint methods are measured by it."""
     train_batch_size: int | None = None
     """Supervised examples in one optimizer step; null: `preference.train_batch_size`."""
     start: Literal["supervised", "base"] = "supervised"
-    """The model that these methods start from: the supervised stage's, or the one which that stage started from too. The
-    reference of the DPO loss is the supervised stage's model in both cases."""
+    """The model that these methods start from: the supervised model, or the one before it. The reference of the DPO loss is the
+    supervised model in both cases."""
     objective_rows: int = 256
-    """Rows of each stream's training data, the same at every measurement, on which both objectives are measured."""
+    """How many training rows of each stream both objectives are measured on. They are the same rows every time."""
     optima: dict[str, float] | None = None
-    """{preference: x, sft: y}: the least value of each objective, which gaps are counted from. null: found by optimizing each
-    one alone, once a seed, in runs of `optima_epochs`."""
+    """{preference: x, sft: y}: the least value of each objective, from which gaps are counted. null: found once a seed, by
+    optimizing each one alone for `optima_epochs`."""
     optima_epochs: int | None = None
     """Epochs of the two runs that find the optima; null: `preference.num_train_epochs`."""
     stop_gap: float | None = None
-    """Stop a run once an objective is this close to its optimum, or both are to a point of `stop_pareto`; null: never. The
-    paper's is 1e-4. Sequential runs and those that find the optima are not stopped."""
+    """Stop a run when an objective is this close to its optimum, or when both are that close to a point of `stop_pareto`. The
+    paper uses 1e-4; null: never. Sequential runs and those that find the optima are not stopped."""
     stop_pareto: list[list[float]] | None = None
-    """Pairs [preference, sft] of objectives that are good enough; null: where the finished ALRIGHT runs of this seed ended."""
+    """Pairs [preference, sft] of values that are good enough; null: the last values of this seed's finished ALRIGHT runs."""
 
     def __post_init__(self) -> None:
         if self.optima is not None and set(self.optima) != {"preference", "sft"}:
@@ -354,7 +352,7 @@ class ReportConfig:
     """Bootstrap draws."""
     confidence: float = 0.95
     paper: Literal["magpie_pro", "magpie_air_gemma2"] | None = None
-    """Show the rows of the OGD paper's Table 1 for this data set beside ours."""
+    """Show the rows of the OGD paper's Table 1 for this data set next to ours."""
 
 
 @dataclass(frozen=True)
@@ -363,14 +361,15 @@ class Config:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "ogd"])
-    """Preference methods: sft (winners only), dpo, ogd, ogd_metric (OGD in the optimizer's own metric); on pairs and supervised
-    rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first, and with OGD on the pairs
-    mix_ogd, alright_ogd, maxright_ogd; other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo,
-    flex_dpo, sft_dpo, rrhf, orpo, sparse; of pairs or of unpaired rows: kto; normalized preference optimization of a batch or
-    of each pair: npo, npo_pair; and reward_model, a head of one number
-    that is measured on held-out pairs alone."""
+    """Preference methods: sft (only the chosen responses), dpo, ogd, ogd_metric (OGD in the optimizer's own metric).
+    On pairs and supervised rows together: mix, alright, maxright, sequential (preference first), sequential_sft_first.
+    The same with OGD on the pairs: mix_ogd, alright_ogd, maxright_ogd.
+    Other losses of pairs: r_dpo, dpop, ipo, sppo, simpo, cpo, slic_hf, cdpo, robust_dpo, flex_dpo, sft_dpo, rrhf, orpo, sparse.
+    A loss of pairs or of unpaired rows: kto.
+    Normalized preference optimization of a batch, or of each pair: npo, npo_pair.
+    A reward model, measured on held-out pairs alone: reward_model."""
     world: WorldConfig | None = None
-    """Make a miniature world and put its files in `{data}`; null: the data paths are yours."""
+    """Make a miniature world and put its files in `{data}`; null: use your own data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sft: StageConfig = field(default_factory=sft_defaults)
     """The supervised stage; without training data the methods start from the model itself."""
@@ -379,10 +378,10 @@ class Config:
     evals: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     data_dir: str | None = None
-    """Folder that `{data_dir}` in paths stands for, so that a recipe can name files without knowing where they are."""
+    """Folder that replaces `{data_dir}` in paths. A recipe can then name files without knowing where they are."""
     report_to: list[str] = field(default_factory=lambda: ["auto"])
-    """Experiment trackers that hear what metrics.jsonl holds: tensorboard, wandb, trackio, ... (accelerate's names); auto:
-    tensorboard where it is installed; none."""
+    """Experiment trackers that metrics are logged to: tensorboard, wandb, trackio, ... (accelerate's names). auto: tensorboard
+    where it is installed. none: no tracker."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     threads: int | None = None
