@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.commands.tax import main, subjects
+from ogdopt_harness.common.run_folder import short_name
 
 # The paper's benchmarks at their real sizes, with plausible accuracies of a 7B model (chance).
 SIZES = {

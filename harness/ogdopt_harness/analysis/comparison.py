@@ -15,6 +15,7 @@ from typing import Any
 
 from ogdopt_harness.analysis.study_reader import Evaluation, Run, SeedRuns, Study
 from ogdopt_harness.analysis.tax import Interval, Reduction, Tax, combine, compare, difference, reduction, unanswered
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.tables import interval, listing, number
 
 WAYS = ("direct", "cloze", "generate")
@@ -88,10 +89,10 @@ class Promise:
 
 def promise_of(run: Run) -> Promise | None:
     """None where the run did not log what its steps did."""
-    chosen, rejected = (run.series(f"ogd/update_cosine_{side}")[1] for side in ("chosen", "rejected"))
+    chosen, rejected = (run.series(keys.update_cosine(side))[1] for side in keys.SIDES)
     if not chosen or not rejected:
         return None
-    passes = run.series("ogd/passes")[1]
+    passes = run.series(keys.PASSES)[1]
     return Promise(
         len(rejected),
         sum(c >= 0 for c in chosen) / len(chosen),
@@ -228,12 +229,12 @@ def _point(run: Run, epoch: int, model: Evaluation, tax: dict[str, Tax]) -> Poin
         epoch,
         style.get("chosen_rate"),
         int(style.get("n") or 0),
-        run.at_epoch("eval_rewards/accuracies", epoch),
-        change("eval_logps_mean/chosen"),
-        change("eval_logps_mean/rejected"),
+        run.at_epoch(keys.measured(keys.ACCURACIES), epoch),
+        change(keys.measured(keys.logps_mean(keys.CHOSEN))),
+        change(keys.measured(keys.logps_mean(keys.REJECTED))),
         tax,
         model.seconds,
-        run.at_epoch("eval_rewards/margins", epoch),
+        run.at_epoch(keys.measured(keys.MARGINS), epoch),
         Interval(**wins) if (wins := run.judged.get(epoch, {}).get("win_rate")) else None,
     )
 

@@ -1,27 +1,22 @@
 """Reading a study's directory: which runs are finished, what they logged, what their models answered.
 
-    runs/<study>/config.yaml
-    runs/<study>/seed-<k>/supervised/             the reference: evals/epoch-<last>.json
-    runs/<study>/seed-<k>/<run>/                  config.yaml, metrics.jsonl, model/epoch-<n>, evals/epoch-<n>.json,
-                                                  complete.json (written last)
-
-A run without `complete.json`, or with an epoch that was not evaluated, is named in `Study.incomplete` and left out.
+Where what lies says `ogdopt_harness.common.run_folder`. The last evaluation of the supervised stage is the reference. A run
+without `complete.json`, or with an epoch that was not evaluated, is named in `Study.incomplete` and left out.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from ogdopt_harness.common.keys import EPOCH, EPOCHS, STEP
+from ogdopt_harness.common.run_folder import RunFolder, SeedFolder, StudyFolder, read_json
 
 LAST = ("ogd", "ogd_metric")  # methods behind all others, as in the paper's table
-NOT_RUNS = {"data", "tokenizer", "supervised", "optima"}
-NUMBERED = re.compile(r"(?:seed|epoch)-(\d+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +126,13 @@ class Run:
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one logged quantity; empty lists where it was not logged."""
         rows = [row for row in self.metrics if row.get(key) is not None]
-        return [row["step"] for row in rows], [row[key] for row in rows]
+        return [row[STEP] for row in rows], [row[key] for row in rows]
 
     def at_epoch(self, key: str, epoch: float) -> float | None:
         """The value of a held-out measurement at an epoch's end; None where none was taken within 2% of an epoch of it."""
-        rows = [row for row in self.metrics if row.get(key) is not None and row.get("epoch") is not None]
-        nearest = min(rows, key=lambda row: abs(row["epoch"] - epoch), default=None)
-        return nearest[key] if nearest is not None and abs(nearest["epoch"] - epoch) <= 0.02 else None
+        rows = [row for row in self.metrics if row.get(key) is not None and row.get(EPOCH) is not None]
+        nearest = min(rows, key=lambda row: abs(row[EPOCH] - epoch), default=None)
+        return nearest[key] if nearest is not None and abs(nearest[EPOCH] - epoch) <= 0.02 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +157,11 @@ class Study:
     incomplete: list[str]
 
     @property
+    def folder(self) -> StudyFolder:
+        """Where its files lie."""
+        return StudyFolder(self.directory)
+
+    @property
     def runs(self) -> dict[str, Run]:
         """One run of each name, by method (OGD last, as in the paper's table) and falling beta."""
         found = {name: run for seed in self.seeds for name, run in seed.runs.items()}
@@ -179,14 +179,14 @@ def read_study(directory: str | Path, evaluated: bool = True) -> Study:
 
     Raises ValueError where there is nothing to report on, or a file is not what it should be.
     """
-    directory = Path(directory)
-    folders = sorted((d for d in directory.glob("seed-*") if d.is_dir() and NUMBERED.fullmatch(d.name)), key=_number)
+    home = StudyFolder(Path(directory))
+    folders = home.seeds()
     if not folders:
         raise ValueError(
             f"{directory} holds no seed-<k> folder; expected the directory of a study that harness/run.py has made"
         )
     incomplete: list[str] = []
-    config = _yaml(directory / "config.yaml")
+    config = home.settings()
     settings = config.get("config") or config
     needed = (settings.get("evals") or {}).get("epochs", "all") if evaluated else "none"
     read = [_read_seed(folder, incomplete, settings, needed) for folder in folders]
@@ -196,40 +196,42 @@ def read_study(directory: str | Path, evaluated: bool = True) -> Study:
         raise ValueError(
             f"{directory} holds no finished run ({'; '.join(incomplete) or 'no runs at all'}); finish the study first"
         )
-    return Study(directory, config, [seed for seed in seeds if seed.runs], incomplete)
+    return Study(home.path, config, [seed for seed in seeds if seed.runs], incomplete)
 
 
-def _read_seed(folder: Path, incomplete: list[str], config: dict[str, Any], needed: str) -> SeedRuns | None:
-    runs: dict[str, Run] = {}
-    rewards: dict[str, Run] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in NOT_RUNS):
-        if (_yaml(path / "config.yaml").get("run") or {}).get("kind") == "reward":
-            if (path / "complete.json").exists():
-                rewards[path.name] = _read_run(path)
-            else:
-                incomplete.append(f"{folder.name}/{path.name}: no complete.json, training was not finished")
-        elif (reason := _unfinished(path, needed)) is None:
-            runs[path.name] = _read_run(path)
-        else:
-            incomplete.append(f"{folder.name}/{path.name}: {reason}")
-    supervised = folder / "supervised"
-    evaluations = _numbered(supervised / "evals", "epoch-*.json")
-    complete = _json(supervised / "complete.json") if (supervised / "complete.json").exists() else {}
-    interrupted = not complete and (supervised / "metrics.jsonl").exists()
-    last = int(complete.get("epochs") or 0)
+def _read_seed(folder: SeedFolder, incomplete: list[str], config: dict[str, Any], needed: str) -> SeedRuns | None:
+    runs, rewards = _read_runs(folder, incomplete, needed)
+    supervised = folder.supervised
+    evaluations, ending = supervised.evaluations(), supervised.ending()
+    interrupted = not ending and supervised.metrics.exists()
+    last = int(ending.get(EPOCHS) or 0)
     if needed == "none" or (evaluations and not interrupted and max(evaluations) >= last):
-        found = folder / "optima" / "optima.json"
-        optima = (config.get("joint") or {}).get("optima") or (_json(found) if found.exists() else None)
-        reference = evaluations[max(evaluations)] if evaluations else supervised
-        return SeedRuns(int(_number(folder)), reference, complete, runs, optima, rewards)
-    missing = f"epoch-{last or '<n>'}.json" if not interrupted else "complete.json"
+        found = read_json(folder.optima) if folder.optima.exists() else None
+        optima = (config.get("joint") or {}).get("optima") or found
+        reference = evaluations[max(evaluations)] if evaluations else supervised.path
+        return SeedRuns(folder.number, reference, ending, runs, optima, rewards)
+    missing = supervised.complete.name if interrupted else supervised.evaluation(last or "<n>").name
     if runs:
         raise ValueError(
-            f"{supervised} has no {missing} for the supervised model that {', '.join(runs)} started from, and TAX compares "
-            "with it; run the supervised stage and its evaluation again"
+            f"{supervised.path} has no {missing} for the supervised model that {', '.join(runs)} started from, and TAX "
+            "compares with it; run the supervised stage and its evaluation again"
         )
-    incomplete.append(f"{folder.name}/supervised: {missing} is missing, so nothing of this seed can be compared")
+    incomplete.append(f"{folder.name}/{supervised.name}: {missing} is missing, so nothing of this seed can be compared")
     return None
+
+
+def _read_runs(folder: SeedFolder, incomplete: list[str], needed: str) -> tuple[dict[str, Run], dict[str, Run]]:
+    """A seed's finished runs by name: of policies, and of reward models. Others are named in `incomplete`."""
+    runs: dict[str, Run] = {}
+    rewards: dict[str, Run] = {}
+    for run in folder.runs():
+        reward = (run.settings().get("run") or {}).get("kind") == "reward"
+        reason = _unfinished(run, "none" if reward else needed)
+        if reason is None:
+            (rewards if reward else runs)[run.name] = _read_run(run)
+        else:
+            incomplete.append(f"{folder.name}/{run.name}: {reason}")
+    return runs, rewards
 
 
 def _never_started(config: dict[str, Any], seeds: list[SeedRuns], incomplete: list[str]) -> list[str]:
@@ -244,87 +246,36 @@ def _never_started(config: dict[str, Any], seeds: list[SeedRuns], incomplete: li
     return [f"{name}: not started" for name in missing if name not in named]
 
 
-def _unfinished(path: Path, needed: str) -> str | None:
+def _unfinished(run: RunFolder, needed: str) -> str | None:
     """Why a run cannot be reported, or None; `needed` are the epochs that have to be evaluated: all, last or none."""
-    if not (path / "config.yaml").exists():
-        return "no config.yaml, it never started"
-    if not (path / "complete.json").exists():
-        return "no complete.json, training was not finished"
+    if not run.config.exists():
+        return f"no {run.config.name}, it never started"
+    if not run.finished:
+        return f"no {run.complete.name}, training was not finished"
     if needed == "none":
         return None
-    epochs = set(_numbered(path / "model", "epoch-*")) | set(
-        range(1, int(_json(path / "complete.json").get("epochs") or 0) + 1)
-    )
+    epochs = {*run.models(), *range(1, int(run.ending().get(EPOCHS) or 0) + 1)}
     missing = sorted({max(epochs, default=1)} if needed == "last" else epochs)
-    missing = [epoch for epoch in missing if epoch not in _numbered(path / "evals", "epoch-*.json")]
+    missing = [epoch for epoch in missing if epoch not in run.evaluations()]
     if missing or not epochs:
         return f"epoch {', '.join(map(str, missing)) or '1'} is not evaluated"
     return None
 
 
-def _read_run(path: Path) -> Run:
-    what = _yaml(path / "config.yaml").get("run") or {}
+def _read_run(run: RunFolder) -> Run:
+    what = run.settings().get("run") or {}
     if "method" not in what:
-        raise ValueError(
-            f"{path / 'config.yaml'} does not say which method ran (run.method); expected the file written before step 0"
-        )
+        raise ValueError(f"{run.config} does not say which method ran (run.method); expected the file written before step 0")
     beta = what.get("beta")
-    label = str(what.get("label") or what.get("name") or path.name)
-    evaluations = dict(sorted((n, p) for n, p in _numbered(path / "evals", "epoch-*.json").items() if n > 0))
-    complete = _json(path / "complete.json")
-    metrics = _metrics(path / "metrics.jsonl")
-    joint = {"weight": what.get("lambda"), "evaluate_every": what.get("evaluate_every")}
-    beta = None if beta is None else float(beta)
-    judged = {
-        n: _json(p / "judge.json") for n, p in _numbered(path / "answers", "epoch-*").items() if (p / "judge.json").exists()
-    }
-    return Run(path.name, label, str(what["method"]), beta, metrics, evaluations, complete, **joint, judged=judged)
-
-
-def _metrics(path: Path) -> list[dict[str, float]]:
-    """The logged lines, merged by step (a resumed run may log a step twice: the later line counts)."""
-    steps: dict[int, dict[str, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            steps.setdefault(row["step"], {}).update(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object with 'step', found {line[:60]!r}; remove the line"
-            ) from error
-    return [steps[step] for step in sorted(steps)]
-
-
-def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    return {int(_number(path)): path for path in folder.glob(pattern) if NUMBERED.fullmatch(path.name.removesuffix(".json"))}
-
-
-def short_name(path: Path) -> str:
-    """A model's or an evaluation's name in tables: its last folders, without those that every run has.
-
-    >>> short_name(Path("runs/mine/seed-0/ogd/model/epoch-3")), short_name(Path("models/sft-v0.3"))
-    ('ogd/epoch-3', 'sft-v0.3')
-    """
-    parts = [
-        part for part in Path(str(path).removesuffix(".json")).parts if part not in ("model", "evals", "answers", "/", "..")
-    ]
-    return "/".join(parts[-2:] if NUMBERED.fullmatch(parts[-1]) else parts[-1:]) if parts else str(path)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removesuffix(".json").rpartition("-")[2])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); run this stage again") from error
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({error}); run this stage again") from error
+    return Run(
+        run.name,
+        str(what.get("label") or what.get("name") or run.name),
+        str(what["method"]),
+        None if beta is None else float(beta),
+        run.lines(),
+        {epoch: file for epoch, file in run.evaluations().items() if epoch > 0},
+        run.ending(),
+        weight=what.get("lambda"),
+        evaluate_every=what.get("evaluate_every"),
+        judged=run.judged(),
+    )

@@ -21,6 +21,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig
 
+from ogdopt_harness.common.run_folder import SUPERVISED, StudyFolder
 from ogdopt_harness.common.tables import NONE, Table, size
 from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, StageConfig
@@ -298,7 +299,7 @@ class DryRun:
                 tokens = max(lengths, default=stage.data.max_length)
                 scored = min(micro * together * tokens, self.most_scored(kind, micro * together, stage.train_on_prompt))
                 load = Load(two, micro * together, tokens, scored, self.world_size)
-                title = "supervised" if kind == "sft" else name
+                title = SUPERVISED if kind == "sft" else name
                 columns[title] = parts(self.shape, self.trained[kind], model, stage, load, accelerator)
         self.title("Memory of a process")
         self.say(
@@ -327,21 +328,24 @@ class DryRun:
         number = SIZES[config.model.dtype]
         one = number * self.shape.parameters if self.shape else None
         total, largest = 0, 0
+        folder = StudyFolder(home)
         for kind, stage in self.stages():
             state = number * self.trained[kind] * (1 + copies(stage)) if self.shape else None
             each = f" of {size(one)}" if one else ""
-            for run in ["supervised"] if kind == "sft" else [spec.name for spec in self.specs]:
+            for name in [SUPERVISED] if kind == "sft" else [spec.name for spec in self.specs]:
                 kept = stage.num_train_epochs if stage.export == "all" else 1
-                models = f"epoch-1 to {stage.num_train_epochs}" if kept > 1 else f"epoch-{stage.num_train_epochs}"
+                run = folder.seed("K").run(name)
+                model = run.model(f"1 to {stage.num_train_epochs}" if kept > 1 else stage.num_train_epochs)
                 self.say(
-                    f"{home}/seed-K/{run}/: config.yaml, metrics.jsonl, model/{models}{each}, "
-                    f"checkpoint/ (the last two{f', of {size(state)}' if state else ''}), complete.json"
+                    f"{run.path}/: {run.config.name}, {run.metrics.name}, {model.relative_to(run.path)}{each}, "
+                    f"{run.checkpoints.name}/ (the last two{f', of {size(state)}' if state else ''}), {run.complete.name}"
                 )
                 if one is not None and state is not None:
                     total += len(config.study.seeds) * (one * kept + 2 * state)
                     largest = max(largest, state)
-        report = ", report.html, report.md, results.json" if config.evals.tasks or config.evals.lm_eval_tasks else ""
-        self.say(f"{home}/: config.yaml{report}")
+        files = [folder.config]
+        files += [folder.page, folder.text, folder.results] if config.evals.tasks or config.evals.lm_eval_tasks else []
+        self.say(f"{home}/: {', '.join(file.name for file in files)}")
         there = next(folder for folder in (home.resolve(), *home.resolve().parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
         if self.shape:  # a third checkpoint lies beside the last two while it is written

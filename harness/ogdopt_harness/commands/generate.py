@@ -20,11 +20,11 @@ import jsonargparse
 import torch
 from tqdm import tqdm
 
-from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.run_folder import AnswersFolder, short_name
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
@@ -95,7 +95,7 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     folder whose answers were made otherwise.
     """
     asked = read_prompts(prompts, config.format, config.split)[: config.limit]
-    directory, name = Path(config.output_dir), config.name or short_name(Path(model)).replace("/", "-")
+    home, name = AnswersFolder(Path(config.output_dir)), config.name or short_name(Path(model)).replace("/", "-")
     backend = _backend(config)
     words = load_words(model, config.tokenizer, apply_chat_template=True)
     about = read_config(model, "model")
@@ -111,15 +111,15 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
             **kept,
             "backend": backend,
         }
-        record(directory, settings, {"name": name, "kind": "answers", "method": "greedy"})
+        record(home.path, settings, {"name": name, "kind": "answers", "method": "greedy"})
     ranks.barrier()
     longest = int(getattr(about.get_text_config(), "max_position_embeddings", 0) or sys.maxsize)
     work = [_templated(prompt, words, longest, config.max_new_tokens) for prompt in asked]
-    journal = Journal(directory / "answers.jsonl", rank=ranks.rank())
+    journal = Journal(home.answers, rank=ranks.rank())
     for prompt in asked:
         if prompt.id in journal and journal[prompt.id]["messages"] != prompt.messages:
             raise ValueError(
-                f"{directory / 'answers.jsonl'} answers another prompt of the id {prompt.id!r} than {prompts} has now; choose "
+                f"{home.answers} answers another prompt of the id {prompt.id!r} than {prompts} has now; choose "
                 "another --output_dir, or take that line out"
             )
     if backend == "vllm":
@@ -128,9 +128,9 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
         loaded, _ = load(model, device_name(config.device), tokenizer=config.tokenizer, apply_chat_template=True)
         _answer(work, journal, config.batch_size, _transformers(loaded, words), words)
     answers = ranks.merged(dict(journal))
-    file = directory / "answers.jsonl"
+    file = home.answers
     if ranks.rank() == 0:
-        file = _write(directory, name, asked, answers, config, count) or file
+        file = _write(home.path, name, asked, answers, config, count) or file
         _say(asked, answers, file, config)
     ranks.barrier()
     return file

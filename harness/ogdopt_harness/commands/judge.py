@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
-from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.analysis.winrate import length_controlled, win_rate
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.run_folder import AnswersFolder, answers_of, short_name
 from ogdopt_harness.common.tables import NONE, Table, interval, number, percent
 from ogdopt_harness.config import ranges
 from ogdopt_harness.evaluation.answer_files import Answer, Messages, read_answers
@@ -126,14 +126,14 @@ def judge(baseline: Path, models: Sequence[Path], config: JudgeConfig) -> list[d
         verdicts = _play(games[path], endpoint, config, short_name(path))
         result = {"answers": str(path), "baseline": str(baseline), "judge": config.judge}
         result |= summary(mine, reference, verdicts, config)
-        write_json(_file(path).with_name("judge.json"), result)
+        write_json(answers_of(path).judged, result)
         results.append(result)
     _show({short_name(path): result for path, result in zip(models, results, strict=True)}, baseline, endpoint)
     return results
 
 
 def _file(path: Path) -> Path:
-    return path / "answers.jsonl" if path.is_dir() else path
+    return AnswersFolder(path).answers if path.is_dir() else path
 
 
 def _aligned(

@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.run_folder import short_name
 from ogdopt_harness.common.sources import RowError, kind_of, read
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device

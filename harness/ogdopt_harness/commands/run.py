@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ogdopt_harness.common.process import FIRST
+from ogdopt_harness.common.run_folder import StudyFolder
 from ogdopt_harness.config.schema import Config, command
 
 
@@ -39,11 +40,12 @@ def run(config: Config) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ranks, device = join(device_name(config.device))
+    folder = StudyFolder(config.study.directory)
     ranks.tell(lambda: preflight(config, device))
-    ranks.tell(lambda: record(config.study.directory, config))
+    ranks.tell(lambda: record(folder.path, config))
     for seed in config.study.seeds:
         with ExitStack() as stack:  # the first process holds the folder for all
-            ranks.tell(lambda folder=config.study.directory / f"seed-{seed}": stack.enter_context(locked(folder)))
+            ranks.tell(lambda seed=seed: stack.enter_context(locked(folder.seed(seed))))
             study = SeedStudy(config, seed, ranks, device)
             study.prepare()
             study.supervised()
@@ -66,4 +68,4 @@ def report(config: Config) -> None:
     else:
         print(f"no report, since no benchmark was asked for (evals.tasks, evals.lm_eval_tasks); see {config.study.directory}")
         if (joint := write_gaps(config.study.directory)) is not None:
-            print_gaps(joint, config.study.directory / "gaps.md")
+            print_gaps(joint, StudyFolder(config.study.directory).gaps)

@@ -20,9 +20,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ogdopt.dynamics import means, priority, separation
-from ogdopt_harness.analysis.study_reader import short_name
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json
+from ogdopt_harness.common.run_folder import short_name
 from ogdopt_harness.common.tables import NONE, Table, number, tiny
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import check_device, listed

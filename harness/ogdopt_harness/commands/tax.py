@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ogdopt_harness.analysis.comparison import ASKED, plain
-from ogdopt_harness.analysis.study_reader import NUMBERED, Evaluation, short_name
+from ogdopt_harness.analysis.study_reader import Evaluation
 from ogdopt_harness.analysis.tax import Tax, compare, difference, reduction, unanswered, verdict
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json, write_text
+from ogdopt_harness.common.run_folder import RunFolder, short_name
 from ogdopt_harness.common.sources import HUB_ID
 from ogdopt_harness.common.tables import NONE, Table, interval, markdown_text, number, p_text, percent
 from ogdopt_harness.config.located import located
@@ -75,10 +76,8 @@ def subjects(word: str) -> list[Subject]:
     path = Path(word)
     if path.is_file():
         return [Subject(short_name(path), evaluation=path)]
-    epochs = sorted((int(p.stem.rpartition("-")[2]), p) for p in path.glob("evals/epoch-*.json") if NUMBERED.fullmatch(p.stem))
-    if epochs:
-        last = f"{path.name}/epoch-"
-        return [Subject(f"{last}{epoch}", evaluation=file) for epoch, file in epochs]
+    if evaluations := RunFolder(path).evaluations():
+        return [Subject(f"{path.name}/epoch-{epoch}", evaluation=file) for epoch, file in evaluations.items()]
     if (path / "config.json").is_file():
         return [Subject(short_name(path), model=path)]
     if not path.exists() and HUB_ID.fullmatch(word) and "/" in word:
@@ -93,7 +92,7 @@ def _evaluated(subject: Subject, config: Config, directory: Path) -> Path:
     """The evaluation of a model, made now unless it is there and the model has not changed since."""
     assert subject.model is not None
     home = directory / re.sub(r"[^\w.-]+", "_", str(subject.model)).strip("_")
-    output = home / "evals" / "epoch-1.json"
+    output = RunFolder(home).evaluation(1)
     if ranks.rank() == 0:
         facts = {"name": subject.name, "kind": "evaluation", "method": "none", "model": str(subject.model)}
         record(home, {"evals": config.evals, "tokenizer": config.model.tokenizer_name_or_path}, facts)

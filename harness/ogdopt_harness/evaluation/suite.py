@@ -37,6 +37,7 @@ from tqdm import tqdm
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.run_folder import partial
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.evaluation.items import Row, judge_style, names_answer, read_items, read_style
@@ -85,7 +86,7 @@ def evaluate(
             about = {**settings(config, lm), **versions(), "words": str(tokenizer)}
             about["model"] = fingerprint(model_dir, config=model.config)
             digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-            lm.journal = Journal(output.with_name(f"{output.stem}.partial-{digest}.jsonl"), rank=ranks.rank())
+            lm.journal = Journal(partial(output, digest), rank=ranks.rank())
             samples = ask(lm, config, [*local.values(), *(task for tasks in official.values() for task in tasks)])
     if lm.truncated:
         warnings.warn(

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ogdopt_harness.common.files import digest, write_json
+from ogdopt_harness.common.run_folder import SeedFolder
 from ogdopt_harness.common.sources import FILE_ENDINGS
 
-LOCK = "lock"
 JOB = "SLURM_JOB_ID"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises ValueError, naming the other one, where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+def locked(home: SeedFolder) -> Iterator[None]:
+    """Hold a seed's folder for this process. Raises ValueError, naming the other one, where another process has it."""
+    home.path.mkdir(parents=True, exist_ok=True)
+    with home.lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = False
@@ -41,13 +41,13 @@ def locked(folder: Path) -> Iterator[None]:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
         if taken:
             raise ValueError(
-                f"{folder} is in use by another run ({who}); wait for it or stop it, or choose another --study.output_dir"
+                f"{home.path} is in use by another run ({who}); wait for it or stop it, or choose another --study.output_dir"
             )
         same_job = ours["job"] and ours["job"] == holder.get("job")
         if holder and holder.get("host") != ours["host"] and not same_job:  # locks may not reach from machine to machine
             raise ValueError(
-                f"{folder} is or was in use by {who}, which cannot be asked from here; if that run is dead, delete "
-                f"{folder / LOCK} and start again"
+                f"{home.path} is or was in use by {who}, which cannot be asked from here; if that run is dead, delete "
+                f"{home.lock} and start again"
             )
         file.truncate(0)
         file.write(json.dumps(ours))

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from ogdopt_harness.common.files import write_text
+from ogdopt_harness.common.run_folder import Folder
 from ogdopt_harness.config.schema import as_dict
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "numpy", "safetensors")
@@ -30,9 +29,9 @@ def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) ->
         if dataclasses.is_dataclass(config)
         else {k: as_dict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()}
     )
-    file = directory / "config.yaml"
-    if facts and file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))["config"]
+    home = Folder(directory)
+    if facts and home.config.is_file():
+        before = home.settings()["config"]
         changed = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before, plain)]
         if changed:
             raise ValueError(
@@ -46,7 +45,7 @@ def record(directory: Path, config: Any, facts: dict[str, Any] | None = None) ->
         machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     value = {"run": facts} if facts else {}
     value |= {"config": plain, "versions": versions, "machine": machine, "git": _git(), "command": shlex.join(sys.argv)}
-    write_text(file, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    home.write_settings(value)
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -15,7 +15,9 @@ import torch
 
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import replaced, write_json
+from ogdopt_harness.common.keys import EPOCHS, SECONDS, STEPS, STREAMS, measured, objective
 from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.common.run_folder import RunFolder, StudyFolder, read_json
 from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, StageConfig, as_dict
 from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
@@ -30,7 +32,7 @@ from ogdopt_harness.pipeline.guard import digest_of, local_files, same_files, sa
 from ogdopt_harness.pipeline.manifest import record
 from ogdopt_harness.pipeline.preflight import preflight
 from ogdopt_harness.training.job import Job
-from ogdopt_harness.training.joint import STREAMS, Joint
+from ogdopt_harness.training.joint import Joint
 from ogdopt_harness.training.methods import METHODS, RunSpec
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
 from ogdopt_harness.training.trackers import chosen
@@ -42,8 +44,8 @@ class SeedStudy:
 
     def __init__(self, config: Config, seed: int, ranks: Ranks = ALONE, device: torch.device | None = None) -> None:
         self.seed, self.ranks = seed, ranks
-        self.home = config.study.directory / f"seed-{seed}"
-        self.config = located(config, str(self.home / "data"), seed)
+        self.home = StudyFolder(config.study.directory).seed(seed)
+        self.config = located(config, str(self.home.data), seed)
         self.device = device or torch.device(device_name(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -59,8 +61,8 @@ class SeedStudy:
 
     def _prepare(self) -> None:
         if self.config.world is not None:
-            make_world(self.config.world, self.home / "data")
-        model, folder = self.config.model, self.home / "tokenizer"
+            make_world(self.config.world, self.home.data)
+        model, folder = self.config.model, self.home.tokenizer
         if folder.is_dir():
             return
         if model.words is None:
@@ -71,28 +73,28 @@ class SeedStudy:
 
     def supervised(self) -> None:
         """Train the start of all methods, if there is supervised data, and evaluate it."""
-        config, directory = self.config, self.home / "supervised"
-        facts = {"name": "supervised", "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
+        config, folder = self.config, self.home.supervised
+        facts = {"name": folder.name, "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
         sections = {"world": config.world, "model": config.model, "sft": config.sft}
-        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.sft.seed}))
-        if not self._done(directory):
+        self.ranks.tell(lambda: record(folder.path, sections, facts | {"seed": config.sft.seed}))
+        if not self._done(folder):
             if self._epochs(config.sft):
                 recipe = as_dict(config.sft)
                 data = Preferences(self._supervised_rows["train"], [], paired=False)
                 held_out = self._supervised_rows.get("eval", [])
-                job = Job(directory, "supervised", f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
+                job = Job(folder.path, folder.name, f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
                 job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
                 job = dataclasses.replace(job, report_to=self.report_to, project=config.study.name)
                 model = self._prepared(self._fresh_model, config.model.at_stage("sft"), config.sft.seed)
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
-                nothing = {"steps": 0, "epochs": 0, "seconds": 0.0}
-                self.ranks.tell(lambda: write_json(directory / "complete.json", nothing))
-        self._evaluate(directory, "supervised", self.start, self._epochs(config.sft))
+                nothing = {STEPS: 0, EPOCHS: 0, SECONDS: 0.0}
+                self.ranks.tell(lambda: folder.finish(nothing))
+        self._evaluate(folder, self.start, self._epochs(config.sft))
 
     def method(self, spec: RunSpec) -> None:
         """Train one method from the supervised model (or the base, see `joint.start`), and evaluate its epochs."""
-        directory = self.home / spec.name
+        folder = self.home.run(spec.name)
         reward = METHODS[spec.method].reward
         kind = "reward" if reward else "method"
         facts: dict[str, Any] = {"name": spec.name, "kind": kind, "method": spec.method, "label": spec.label}
@@ -102,17 +104,17 @@ class SeedStudy:
         else:
             facts |= {"beta": self.config.joint.beta, "lambda": spec.weight, "evaluate_every": spec.evaluate_every}
             joint = self._joint_settings()
-        self._record(directory, facts, stage, joint)
-        if not self._done(directory):
-            self._train(directory, spec, facts, stage | ({"joint": joint} if joint else {}))
+        self._record(folder, facts, stage, joint)
+        if not self._done(folder):
+            self._train(folder, spec, facts, stage | ({"joint": joint} if joint else {}))
         if reward:
             return  # it answers no questions
-        epochs = self.ranks.tell(lambda: json.loads((directory / "complete.json").read_text())["epochs"])
+        epochs = self.ranks.tell(folder.ending)[EPOCHS]
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
-            self._evaluate(directory, spec.name, directory / "model" / f"epoch-{epoch}", epoch)
+            self._evaluate(folder, folder.model(epoch), epoch)
 
-    def _done(self, directory: Path) -> bool:
-        return self.ranks.tell((directory / "complete.json").is_file)
+    def _done(self, folder: RunFolder) -> bool:
+        return self.ranks.tell(folder.complete.is_file)
 
     def _stage_settings(self, method: str) -> dict[str, Any]:
         """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
@@ -124,15 +126,15 @@ class SeedStudy:
         settings = as_dict(self.config.joint)
         return {k: v for k, v in settings.items() if k not in ("lambdas", "evaluate_every")}
 
-    def _record(self, directory: Path, facts: dict[str, Any], stage: dict[str, Any], joint: dict[str, Any] | None) -> None:
+    def _record(self, folder: RunFolder, facts: dict[str, Any], stage: dict[str, Any], joint: dict[str, Any] | None) -> None:
         config = self.config
         sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
         sections |= {"joint": joint} if joint else {}
-        self.ranks.tell(lambda: record(directory, sections, facts | {"seed": config.preference.seed}))
+        self.ranks.tell(lambda: record(folder.path, sections, facts | {"seed": config.preference.seed}))
 
     def _train(
         self,
-        directory: Path,
+        folder: RunFolder,
         spec: RunSpec,
         facts: dict[str, Any],
         recipe: dict[str, Any],
@@ -143,7 +145,7 @@ class SeedStudy:
         joint = None if spec.weight is None else self._joint(spec, optima)
         fresh = joint is not None and config.joint.start == "base"
         job = Job(
-            directory,
+            folder.path,
             spec.name,
             f"[seed {self.seed}] {spec.label}",
             spec.method,
@@ -197,21 +199,22 @@ class SeedStudy:
     @cached_property
     def optima(self) -> dict[str, float]:
         """The least value of each objective: as configured, or found by optimizing each one alone, and kept in `optima/`."""
-        given, folder = self.config.joint.optima, self.home / "optima"
+        given = self.config.joint.optima
         if given is not None:
             return given
         stage = self._stage_settings("alright")
         joint = {k: v for k, v in self._joint_settings().items() if k not in ("optima", "stop_gap", "stop_pareto")}
         found = {}
-        for name, weight in (("preference", 1.0), ("sft", 0.0)):
+        for name, weight in zip(STREAMS, (1.0, 0.0)):
+            folder = self.home.optimum(name)
             spec = RunSpec("alright", None, name, f"optimum of {name}", weight)
             facts = {"name": name, "kind": "optimum", "method": "alright", "label": spec.label, "beta": self.config.joint.beta}
-            self._record(folder / name, facts | {"lambda": weight}, stage, joint)
-            if not self._done(folder / name):
+            self._record(folder, facts | {"lambda": weight}, stage, joint)
+            if not self._done(folder):
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
-                self._train(folder / name, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
-            found[name] = self.ranks.tell(lambda name=name: least(folder / name / "metrics.jsonl", f"eval_objective/{name}"))
-        self.ranks.tell(lambda: write_json(folder / "optima.json", found))
+                self._train(folder, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
+            found[name] = self.ranks.tell(lambda folder=folder, name=name: least(folder, measured(objective(name))))
+        self.ranks.tell(lambda: write_json(self.home.optima, found))
         return found
 
     def _good_enough(self, spec: RunSpec) -> list[list[float]]:
@@ -223,9 +226,9 @@ class SeedStudy:
 
     def _ends_of_alright(self) -> list[list[float]]:
         points = []
-        for done in sorted(self.home.glob("alright_lambda*/complete.json")):
-            last = json.loads((done.parent / "metrics.jsonl").read_text().splitlines()[-1])
-            points.append([last[f"eval_objective/{name}"] for name in STREAMS])
+        for run in self.home.runs():
+            if run.name.startswith("alright_lambda") and run.finished:
+                points.append([run.lines()[-1][measured(objective(name))] for name in STREAMS])
         return points
 
     @property
@@ -239,7 +242,7 @@ class SeedStudy:
         """Where the methods start: the supervised stage's last model, or the given model itself."""
         epochs = self._epochs(self.config.sft)
         if epochs:
-            return self.home / "supervised" / "model" / f"epoch-{epochs}"
+            return self.home.supervised.model(epochs)
         return str(self.config.model.model_name_or_path)
 
     @cached_property
@@ -251,7 +254,7 @@ class SeedStudy:
     def _words(self) -> str | Path:
         """Where the study's tokenizer is."""
         model = self.config.model
-        return self.home / "tokenizer" if model.words is None or model.chat_template is not None else model.words
+        return self.home.tokenizer if model.words is None or model.chat_template is not None else model.words
 
     @cached_property
     def _supervised_rows(self) -> dict[str, Any]:
@@ -276,7 +279,7 @@ class SeedStudy:
 
     def _read(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
         found, reports = {}, {}
-        known = self.home / "data_files.json"
+        known = self.home.data_files
         for part in ("train", "eval"):
             if getattr(data, part):
                 option = f"{kind}.data.{part}"
@@ -289,8 +292,8 @@ class SeedStudy:
             raise ValueError(
                 f"{kind}.data.train is empty; expected JSONL files or hub data sets, e.g. --{kind}.data.train rows.jsonl"
             )
-        file = self.home / "data_report.json"
-        before = json.loads(file.read_text()) if file.is_file() else {}
+        file = self.home.data_report
+        before = read_json(file) if file.is_file() else {}
         write_json(file, before | reports)
         return found
 
@@ -314,25 +317,23 @@ class SeedStudy:
                     "sft.data.train is empty and model.model_name_or_path is null; give one, or nothing is trained"
                 )
             return 0
-        file = self.home / "supervised" / "complete.json"
-        return json.loads(file.read_text())["epochs"] if file.is_file() else stage.num_train_epochs
+        return self.home.supervised.ending().get(EPOCHS, stage.num_train_epochs)
 
-    def _evaluate(self, directory: Path, run: str, model: Path | str, epoch: int) -> None:
+    def _evaluate(self, folder: RunFolder, model: Path | str, epoch: int) -> None:
         evals = self.config.evals
-        output = directory / "evals" / f"epoch-{epoch}.json"
+        output = folder.evaluation(epoch)
         if not (evals.tasks or evals.lm_eval_tasks) or self.ranks.tell(output.is_file):
             return
         if self.ranks.first:
-            print(f"[seed {self.seed}] evaluating {run}, epoch {epoch}", flush=True)
-        words = None if Path(model).is_relative_to(self.home) else self._words  # a base model may have no template
-        where = {"run": run, "epoch": epoch, "seed_dir": self.home, "device": str(self.device)}
+            print(f"[seed {self.seed}] evaluating {folder.name}, epoch {epoch}", flush=True)
+        words = None if Path(model).is_relative_to(self.home.path) else self._words  # a base model may have no template
+        where = {"run": folder.name, "epoch": epoch, "seed_dir": self.home.path, "device": str(self.device)}
         evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
 
 
-def least(metrics: Path, key: str) -> float:
-    """The smallest value of a figure in a metrics file."""
-    lines = map(json.loads, metrics.read_text().splitlines())
-    return min(line[key] for line in lines if key in line)
+def least(run: RunFolder, key: str) -> float:
+    """The smallest value that a run has logged of a figure."""
+    return min(line[key] for line in run.lines() if key in line)
 
 
 def rows_of(found: Preferences | Sequence[Example]) -> dict[str, Any]:

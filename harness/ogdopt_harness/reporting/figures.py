@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ogdopt_harness.analysis.study_reader import Run
+from ogdopt_harness.common import keys
 
 HUES = {"dpo": "#0072B2", "ogd": "#D55E00", "ogd_metric": "#CC79A7", "sft": "#009E73"}
 JOINT_HUES = {"sequential": "#0072B2", "sequential_sft_first": "#56B4E9", "mix": "#E69F00", "mix_ogd": "#F0E442"}
@@ -258,15 +259,16 @@ def study_panels(
         level=levels,
     )
     step = "optimizer step"
-    mean = any(run.series("eval_logps_mean/rejected")[0] for seeds in runs.values() for run in seeds)
-    key, unit = ("eval_logps_mean", "nats a token") if mean else ("eval_logps", "nats an answer")
+    mean = any(run.series(keys.measured(keys.logps_mean(keys.REJECTED)))[0] for seeds in runs.values() for run in seeds)
+    logp = keys.logps_mean if mean else keys.logps
+    unit = "nats a token" if mean else "nats an answer"
     yield Panel(
         "figure4_logps_chosen",
         "Figure 4: log-likelihood of the chosen answers",
         "On held-out pairs. Look for curves that rise or stay (the preferred answers become likelier) and for curves that "
         "fall although these are the answers to learn: likelihood displacement.",
         ylabels=[f"log-prob of chosen\n({unit})"],
-        curves=[logged(runs, f"{key}/chosen")],
+        curves=[logged(runs, keys.measured(logp(keys.CHOSEN)))],
         xlabel=step,
         markers=False,
     )
@@ -276,7 +278,7 @@ def study_panels(
         "On the same pairs. Look for an OGD curve that is flat or falls slowly: it only refuses to raise this. A steep fall "
         "together with a falling Figure 4 is probability that leaves for answers nobody asked for.",
         ylabels=[f"log-prob of rejected\n({unit})"],
-        curves=[logged(runs, f"{key}/rejected")],
+        curves=[logged(runs, keys.measured(logp(keys.REJECTED)))],
         xlabel=step,
         markers=False,
     )
@@ -286,7 +288,7 @@ def study_panels(
         "Held-out DPO loss at β = 0.1 against the model that all runs start from (ln 2 = 0.69 there), also for runs that do "
         "not train on it. Look for a falling OGD curve: it improves the DPO objective without a reference model.",
         ylabels=["DPO loss (β = 0.1)"],
-        curves=[logged(runs, "eval_dpo_loss")],
+        curves=[logged(runs, keys.EVAL_DPO_LOSS)],
         xlabel=step,
         markers=False,
     )
@@ -297,7 +299,7 @@ def study_panels(
         "a share (1: nothing removed). Running means over 2% of the steps. Look for a cosine well above 0 (the two answers "
         "pull on the same weights: there is a conflict to remove); near 0, OGD is winners-only training.",
         ylabels=["cosine", "share left"],
-        curves=[logged(runs, "ogd/cosine", _calm), logged(runs, "ogd/projected_fraction", _calm)],
+        curves=[logged(runs, keys.COSINE, _calm), logged(runs, keys.PROJECTED, _calm)],
         xlabel=step,
         markers=False,
     )
@@ -307,7 +309,7 @@ def study_panels(
         "Cosine between the change of the parameters and the losers' gradient, every logged step. Look for points below 0: "
         "there the optimizer turned OGD's gradient into a change that makes the losers likelier, what OGD promises not to do.",
         ylabels=["cosine(change, losers' gradient)"],
-        curves=[logged(runs, "ogd/update_cosine_rejected")],
+        curves=[logged(runs, keys.update_cosine(keys.REJECTED))],
         xlabel=step,
         markers=False,
         zero=True,
@@ -335,14 +337,13 @@ def _measured(points: Points, x: str, y: str) -> Curves:
 
 def layers(runs: Mapping[str, Sequence[Run]]) -> Curves:
     """Mean logged cosine of the two gradients by the number of the layer."""
-    prefix = "entanglement/layer/"
 
     def curve(run: Run) -> Curve:
         found: dict[int, list[float]] = {}
         for row in run.metrics:
             for key, value in row.items():
-                if key.startswith(prefix) and key.removeprefix(prefix).isdecimal():
-                    found.setdefault(int(key.removeprefix(prefix)), []).append(value)
+                if key.startswith(keys.LAYER) and (layer := key.removeprefix(keys.LAYER)).isdecimal():
+                    found.setdefault(int(layer), []).append(value)
         order = sorted(found)
         return np.array(order), np.array([np.mean(found[layer]) for layer in order])
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from ogdopt_harness.analysis.study_reader import Run, SeedRuns, Study, read_study
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.files import write_json, write_text
 from ogdopt_harness.common.tables import Table, listing, markdown_text, number, spread
 from ogdopt_harness.reporting.figures import Curve, Curves, Look, Panel, draw, looks
 
-STREAMS = {"preference": "f_DPO", "sft": "f_SFT"}
+STREAMS = {keys.PREFERENCE: "f_DPO", keys.SFT: "f_SFT"}
 BASELINE = "sequential"
 TITLE = "Two objectives at once"
 TIE = 0.02
@@ -118,12 +119,12 @@ def joint_runs(study: Study) -> Joint | None:
 
 
 def _end(seed: SeedRuns, run: Run) -> End | None:
-    measured = {name: run.series(f"eval_objective/{name}")[1] for name in STREAMS}
+    measured = {name: run.series(keys.measured(keys.objective(name)))[1] for name in STREAMS}
     if run.weight is None or seed.optima is None or not all(measured.values()):
         return None
     last = {name: values[-1] for name, values in measured.items()}
-    busy = run.series("gpu_utilization")[1]
-    wall, cpu, memory = (run.complete.get(key) for key in ("step_seconds", "step_cpu_seconds", "peak_memory"))
+    busy = run.series(keys.GPU)[1]
+    wall, cpu, memory = (run.complete.get(key) for key in (keys.STEP_SECONDS, keys.STEP_CPU_SECONDS, keys.PEAK_MEMORY))
     gaps = {name: value - seed.optima[name] for name, value in last.items()}
     x, y = (np.array(values) - seed.optima[name] for name, values in measured.items())
     return End(last, gaps, min(measured["preference"]), wall, cpu, memory, statistics.median(busy) if busy else None, (x, y))
@@ -231,15 +232,15 @@ def write_gaps(directory: str | Path, suffix: str = ".svg") -> Joint | None:
     joint = joint_runs(study)
     if joint is None:
         return None
-    drawings = draw(study.directory / "figures", *drawn(joint), suffix)
+    drawings = draw(study.folder.figures, *drawn(joint), suffix)
     table = gap_table(joint).without_empty_columns()
     parts = [f"# {markdown_text(study.directory.name)}: {TITLE[0].lower()}{TITLE[1:]}"]
     parts.append("\n".join(f"- {markdown_text(sentence)}" for sentence in sentences(joint)))
     parts += ["\n".join(f"- left out: {markdown_text(line)}" for line in study.incomplete), table.markdown(), table.note]
     for drawing in drawings:
         parts += [f"## {drawing.title}", f"![{drawing.title}](figures/{drawing.file.name})", drawing.caption]
-    write_text(study.directory / "gaps.md", "\n\n".join(filter(None, parts)) + "\n")
-    write_json(study.directory / "gaps.json", numbers(joint))
+    write_text(study.folder.gaps, "\n\n".join(filter(None, parts)) + "\n")
+    write_json(study.folder.gaps.with_suffix(".json"), numbers(joint))
     return joint
 
 

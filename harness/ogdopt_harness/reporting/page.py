@@ -26,6 +26,7 @@ from ogdopt_harness.analysis.headline import headline
 from ogdopt_harness.analysis.paper import beside, verdicts
 from ogdopt_harness.analysis.study_reader import Study, read_study
 from ogdopt_harness.analysis.tax import Tax, wilson
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.tables import (
     NONE,
     Table,
@@ -72,7 +73,7 @@ class Report:
     @property
     def path(self) -> Path:
         """The HTML report."""
-        return self.found.study.directory / "report.html"
+        return self.found.study.folder.page
 
     def table(self, title: str) -> Table | None:
         """The table of this title."""
@@ -105,13 +106,13 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
                 *tables(found),
             )
         ],
-        _figures(found, study.directory / "figures", joint=joint),
+        _figures(found, study.folder.figures, joint=joint),
         finished(study.directory),
         joint,
     )
     results = json.dumps(_results(report), indent=1, ensure_ascii=False, allow_nan=False)
-    (study.directory / "results.json").write_text(results + "\n", encoding="utf-8")
-    (study.directory / "report.md").write_text(_markdown(report), encoding="utf-8")
+    study.folder.results.write_text(results + "\n", encoding="utf-8")
+    study.folder.text.write_text(_markdown(report), encoding="utf-8")
     report.path.write_text(_html(report), encoding="utf-8")
     return report
 
@@ -413,7 +414,7 @@ def _cost_table(found: Comparison) -> Table:
     for name, seeds in found.points.items():
         runs = [s.runs[name] for s in found.study.seeds if name in s.runs]
         evaluating = [sum(p.seconds or 0.0 for p in curve.values()) or None for curve in seeds.values()]
-        speeds = [float(np.median(values)) for run in runs if (values := run.series("tokens_per_second")[1])]
+        speeds = [float(np.median(values)) for run in runs if (values := run.series(keys.SPEED)[1])]
         rows.append([found.label(name), *_training([run.complete for run in runs]), seconds(evaluating), spread(speeds, 0)])
     columns = ["stage", "seeds", "steps", "epochs", "training", "evaluation", "tokens a second"]
     return Table("What it cost", columns, rows, "Wall-clock seconds a seed." + _seeds_note(found))

@@ -8,15 +8,16 @@ import numpy as np
 
 from ogdopt_harness.analysis.comparison import Comparison
 from ogdopt_harness.analysis.study_reader import Run
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.tables import NONE, Table, listing, spread
 from ogdopt_harness.reporting.figures import Panel, logged
 
 TITLE = "Drop, unlearning, dispersion"
 COLUMNS = {
-    "log gradient ratio": "3d/log_gradient_ratio",
-    "share on the chosen": "3d/chosen_share",
-    "chosen below peak": "3d/chosen_drop",
-    "unseen since its least": "3d/unseen_change",
+    "log gradient ratio": keys.GRADIENT_RATIO,
+    "share on the chosen": keys.CHOSEN_SHARE,
+    "chosen below peak": keys.CHOSEN_DROP,
+    "unseen since its least": keys.UNSEEN_CHANGE,
 }
 
 
@@ -43,7 +44,7 @@ def three_d_table(found: Comparison) -> Table | None:
 
 def _warned(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
-        for kind, text in (run.complete.get("warnings") or {}).items():
+        for kind, text in (run.complete.get(keys.WARNINGS) or {}).items():
             yield f"{kind} ({text.partition(':')[0]})"
 
 
@@ -57,7 +58,7 @@ def three_d_panels(runs: Mapping[str, Sequence[Run]]) -> Iterator[Panel]:
         "leave 0 (unlearning). Bottom: probability that goes neither the chosen nor the rejected way where the two part; look "
         "for curves that rise (dispersion).",
         ylabels=["log gradient ratio", "chosen below peak", "unseen"],
-        curves=[logged(runs, key) for key in ("3d/log_gradient_ratio", "3d/chosen_drop", "3d/unseen")],
+        curves=[logged(runs, key) for key in (keys.GRADIENT_RATIO, keys.CHOSEN_DROP, keys.UNSEEN_MASS)],
         xlabel="optimizer step",
         markers=False,
     )
@@ -83,7 +84,7 @@ def steady_table(found: Comparison) -> Table | None:
     policies = {name: [seed.runs[name] for seed in found.study.seeds if name in seed.runs] for name in found.points}
     rows = []
     for name, runs in (models | policies).items():
-        series = [values for run in runs if (values := run.series("eval_rewards/accuracies")[1])]
+        series = [values for run in runs if (values := run.series(keys.measured(keys.ACCURACIES))[1])]
         if series:
             late = [float(np.std(values[len(values) // 2 :])) for values in series]
             cells = [
@@ -107,7 +108,7 @@ def steady_panels(runs: Mapping[str, Sequence[Run]]) -> Iterator[Panel]:
         "Held-out pairs ordered rightly, reward model and policies",
         "Look for a reward model whose curve is smooth where those of DPO waver or fall in later epochs.",
         ylabels=["share of pairs"],
-        curves=[logged(runs, "eval_rewards/accuracies")],
+        curves=[logged(runs, keys.measured(keys.ACCURACIES))],
         xlabel="optimizer step",
         markers=False,
     )

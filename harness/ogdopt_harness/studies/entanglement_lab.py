@@ -21,6 +21,7 @@ from ogdopt.losses import LOSSES, Completion, Pairs, dpo
 from ogdopt.per_pair import add_pair
 from ogdopt.projection import Rule, normalized, scaled
 from ogdopt_harness.analysis.tax import tax
+from ogdopt_harness.common import keys
 from ogdopt_harness.config.schema import SparseConfig
 from ogdopt_harness.data.examples import Example, Preferences, collate
 from ogdopt_harness.modeling.score import completion_logps
@@ -118,7 +119,7 @@ class Runs:
         found, parameters = [], list(model.parameters())
         for pair in zip(*self.sides(style, self.held_out[:PROBED])):
             ws, ls = (torch.autograd.grad(score(model, [side]).logp.sum(), parameters) for side in pair)
-            found.append(entanglement(gram(ws, ls))["entanglement/cosine"])
+            found.append(entanglement(gram(ws, ls))[keys.ENTANGLED])
         return statistics.fmean(found)
 
     def tokens(self, style: str) -> np.ndarray:
@@ -218,7 +219,7 @@ class Runs:
                 found.batches.append(seen.realised)
                 signs = [(x > 0, y > 0) for x, y in (predicted(seen.gram, *given), seen.realised)]
                 found.told.append(signs[0] == signs[1])
-                found.cases.append((entanglement(seen.gram, *given)["entanglement/case"], CASES[signs[1]]))
+                found.cases.append((entanglement(seen.gram, *given)[keys.CASE], CASES[signs[1]]))
             else:
                 with torch.no_grad():
                     was = [mean_logp(model, side).item() for side in sides]

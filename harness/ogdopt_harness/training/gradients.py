@@ -22,6 +22,7 @@ from ogdopt.losses import LOSSES, Completion, Pairs, kto_unpaired, nll
 from ogdopt.objectives import MaxGapObjective, MixedObjective, Objective, OneAtATime
 from ogdopt.per_pair import add_pair
 from ogdopt.projection import scaled
+from ogdopt_harness.common import keys
 from ogdopt_harness.data.examples import Example
 from ogdopt_harness.modeling.adapters import without_dropout
 from ogdopt_harness.training.job import Job
@@ -89,9 +90,9 @@ class Collector(Scorer):
                 (self.ranks.size * loss).backward()
                 if micro.counts:
                     found[micro.rows] = completion.logp.detach()
-                taken.add(**{f"logps/{name}": completion.logp.sum() / n * micro.counts})
+                taken.add(**{keys.logps(name): completion.logp.sum() / n * micro.counts})
                 if side == "winner":
-                    taken.add(loss=loss)
+                    taken.add(**{keys.LOSS: loss})
         return found
 
     def _collect_each_pair(self, indices: list[int], taken: Taken) -> list[Gram]:
@@ -111,9 +112,9 @@ class Collector(Scorer):
             if self.ranks.first:
                 tokens = len(row.prompt_ids) + len(row.completion_ids)
                 taken.tokens, taken.slots = taken.tokens + tokens, taken.slots + tokens
-            taken.add(**{f"logps/{name}": seen[side].sum() * told})
+            taken.add(**{keys.logps(name): seen[side].sum() * told})
             if side == "winner":
-                taken.add(loss=value * told)
+                taken.add(**{keys.LOSS: value * told})
             return value
 
         with self.optimizer.winner():
@@ -131,7 +132,7 @@ class Collector(Scorer):
         assert self.method.weight is not None
         A, B = self._references(indices)
         d_w, _ = weights(LOSSES[self.method.weight], pairs_of(logps["winner"], logps["loser"], A, B), beta=self.job.beta)
-        taken.add(**{"npo/weight": share * d_w.mean()})
+        taken.add(**{keys.WEIGHT: share * d_w.mean()})
         return d_w.mean().double()
 
     def _collect_scheduled(self, objective: Objective, taken: Taken) -> dict[str, float]:
@@ -155,29 +156,29 @@ class Collector(Scorer):
 
             name = objective.choose({name: partial(evaluate, name) for name in rows})
             if isinstance(objective, MaxGapObjective):  # which takes the mean over processes
-                known = {f"objective/{n}": objective.losses[n] for n in seen if n != name}
-            known |= {f"objective/gap_{n}": gap for n, gap in objective.gaps.items()}
-            known["objective/chosen"] = float(name == "preference")
+                known = {keys.objective(n): objective.losses[n] for n in seen if n != name}
+            known |= {keys.gap(n): gap for n, gap in objective.gaps.items()}
+            known[keys.PREFERENCE_STEP] = float(name == keys.PREFERENCE)
             objective.observe(name, self.ranks.size * self._collect_stream(name, rows[name], taken))
             used = [name]
         for name in used:
             self.taken[name] += 1
-        return known | {f"epoch/{name}": n / self.streams[name].steps_per_epoch for name, n in self.taken.items()}
+        return known | {keys.epochs_of(name): n / self.streams[name].steps_per_epoch for name, n in self.taken.items()}
 
     def _collect_stream(self, name: str, indices: list[int], taken: Taken, weight: float = 1.0) -> Tensor:
         """The gradient of one stream's batch; returns this process's share of its objective, whatever the gradient is of."""
-        if name == "preference" and self.method.loss == "nll":
+        if name == keys.PREFERENCE and self.method.loss == "nll":
             logps = {side: self.ranks.sum(x) for side, x in self._collect_sides(indices, indices, taken, weight).items()}
             A, B = self._references(indices)
             beta = self.job.beta or EVAL_BETA
             loss = dpo_of(logps["winner"], logps["loser"], A, B, beta).mean() / self.ranks.size
         else:
             loss = self._collect(self._losses(name, indices, taken), taken, weight)
-        taken.add(**{f"objective/{name}": loss})
+        taken.add(**{keys.objective(name): loss})
         return loss
 
     def _losses(self, name: str, indices: list[int], taken: Taken) -> Iterator[Tensor]:
-        return (self._pair_losses if name == "preference" else self._supervised_losses)(indices, taken)
+        return (self._pair_losses if name == keys.PREFERENCE else self._supervised_losses)(indices, taken)
 
     def _collect(self, losses: Iterable[Tensor], taken: Taken, weight: float = 1.0) -> Tensor:
         """The gradient of `weight` times the sum of micro-batches' losses, added to the winner's; returns the sum.
@@ -189,7 +190,7 @@ class Collector(Scorer):
             for loss in losses:
                 (self.ranks.size * weight * loss).backward()
                 found.append(loss.detach())
-                taken.add(loss=weight * loss)
+                taken.add(**{keys.LOSS: weight * loss})
         return torch.stack(found).sum()
 
     def _supervised_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
@@ -206,7 +207,7 @@ class Collector(Scorer):
         places = [*winners, *(len(data.winners) + i for i in losers)]
         policy = self._logps([self.mismatched[k] for k in places])[0]
         z_ref = (policy - self.reference["train_mismatched"][places]).mean().clamp(min=0).item()
-        taken.add(kl=torch.tensor(z_ref / self.ranks.size, device=self.device))
+        taken.add(**{keys.KL: torch.tensor(z_ref / self.ranks.size, device=self.device)})
         for name, rows, indices in (("chosen", data.winners, winners), ("rejected", data.losers, losers)):
             examples = [rows[i] for i in indices]
             for micro in self._deal(examples, taken):
@@ -220,9 +221,9 @@ class Collector(Scorer):
                         getattr(pairs, name), ref, wanted, beta=beta, z_ref=z_ref, **self.job.loss_args
                     )
                     d = weights(side, Pairs(completion, completion))[name == "rejected"]
-                    taken.add(**{f"entanglement/weight_{name}": d.mean() * share})
+                    taken.add(**{keys.weight(name): d.mean() * share})
                 rewards = beta * (completion.logp - ref).mean()
-                taken.add(**{f"logps/{name}": completion.logp.mean() * share, f"rewards/{name}": rewards * share})
+                taken.add(**{keys.logps(name): completion.logp.mean() * share, keys.reward(name): rewards * share})
                 yield losses.sum() / len(indices) * micro.counts
 
     def _pair_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
@@ -239,7 +240,9 @@ class Collector(Scorer):
             if self.method.reference:
                 pairs = Pairs(chosen, rejected, *self._references(rows))
             share = n / len(indices) * micro.counts
-            taken.add(**{"logps/chosen": chosen.logp.mean() * share, "logps/rejected": rejected.logp.mean() * share})
+            taken.add(
+                **{keys.logps(keys.CHOSEN): chosen.logp.mean() * share, keys.logps(keys.REJECTED): rejected.logp.mean() * share}
+            )
             if self.method.reference and beta is not None:
                 ratios = pairs.log_ratios()
                 taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
@@ -250,8 +253,8 @@ class Collector(Scorer):
                 entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
                 losses = entry(pairs, **options)
                 if self.probing:
-                    found = zip(("chosen", "rejected"), weights(entry, pairs, **options))
-                    taken.add(**{f"entanglement/weight_{side}": d.mean() * share for side, d in found})
+                    found = zip(keys.SIDES, weights(entry, pairs, **options))
+                    taken.add(**{keys.weight(side): d.mean() * share for side, d in found})
             yield losses.sum() / len(indices) * micro.counts
 
     def _probes(self, step: int) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ogdopt_harness.common.keys import PREFERENCE, SFT
 from ogdopt_harness.config.schema import SparseConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Preferences, order
 from ogdopt_harness.training.joint import Joint
@@ -77,7 +78,7 @@ class Job:
         if self.joint is None:
             return {}
         config = dataclasses.replace(self.config, train_batch_size=self.joint.batch_size)
-        return {"preference": self.plan, "sft": Plan(len(self.joint.supervised), 0, False, config, self.seed)}
+        return {PREFERENCE: self.plan, SFT: Plan(len(self.joint.supervised), 0, False, config, self.seed)}
 
 
 @dataclass(frozen=True)

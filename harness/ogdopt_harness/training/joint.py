@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ogdopt.objectives import AlternatingObjective, MaxGapObjective, MixedObjective, Objective, SequentialObjective
+from ogdopt_harness.common.keys import PREFERENCE, STREAMS
 from ogdopt_harness.data.examples import Example
 from ogdopt_harness.training.methods import Method
-
-STREAMS = ("preference", "sft")
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,15 @@ class Joint:
 
     def objective(self, method: Method, steps: int, seed: int) -> Objective:
         """The schedule of a run of so many steps."""
-        weights = {"preference": self.weight, "sft": 1 - self.weight}
+        weights = dict(zip(STREAMS, (self.weight, 1 - self.weight)))
         if method.schedule is AlternatingObjective:
             return AlternatingObjective(weights, seed=seed)
         if method.schedule is MaxGapObjective:
             return MaxGapObjective(weights, optima=self.optima, evaluate_every=self.evaluate_every)
         if method.schedule is SequentialObjective:
             share = round(self.weight * steps)
-            phases = {"preference": share, "sft": steps - share}
-            return SequentialObjective(phases if method.first == "preference" else dict(reversed(phases.items())))
+            phases = dict(zip(STREAMS, (share, steps - share)))
+            return SequentialObjective(phases if method.first == PREFERENCE else dict(reversed(phases.items())))
         return MixedObjective(weights)
 
     def enough(self, values: Mapping[str, float]) -> str:

@@ -9,6 +9,8 @@ from types import TracebackType
 
 import torch
 
+from ogdopt_harness.common import keys
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -21,7 +23,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.totals = {"step_seconds": 0.0, "step_cpu_seconds": 0.0}
+        self.totals = {keys.STEP_SECONDS: 0.0, keys.STEP_CPU_SECONDS: 0.0}
         self.peak = 0
 
     def __enter__(self) -> None:
@@ -30,8 +32,8 @@ class Meter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         wall, cpu = self._since
-        self.totals["step_seconds"] += time.perf_counter() - wall
-        self.totals["step_cpu_seconds"] += time.process_time() - cpu
+        self.totals[keys.STEP_SECONDS] += time.perf_counter() - wall
+        self.totals[keys.STEP_CPU_SECONDS] += time.process_time() - cpu
         if self.watched:
             self.peak = max(self.peak, self._held())
 
@@ -39,8 +41,8 @@ class Meter:
         """`before` with what has come since the last call: seconds added, and the larger peak."""
         found = {name: before.get(name, 0.0) + value for name, value in self.totals.items()}
         self.totals = dict.fromkeys(self.totals, 0.0)
-        peak = max(before.get("peak_memory", 0), self.peak)
-        return found | ({"peak_memory": peak} if peak else {})
+        peak = max(before.get(keys.PEAK_MEMORY, 0), self.peak)
+        return found | ({keys.PEAK_MEMORY: peak} if peak else {})
 
     def _forget(self) -> bool:
         if self.device.type == "cuda":
@@ -63,4 +65,4 @@ def utilization(device: torch.device) -> dict[str, float]:
     """`gpu_utilization`, percent of the last moment in which the GPU was busy; empty without one, or without nvidia-ml-py."""
     if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
         return {}
-    return {"gpu_utilization": float(torch.cuda.utilization(device))}
+    return {keys.GPU: float(torch.cuda.utilization(device))}

@@ -9,15 +9,16 @@ from torch import nn
 
 from ogdopt.diagnostics import by_layer, entanglement
 from ogdopt.gram import Gram
+from ogdopt_harness.common import keys
 
 
 def layers(tensors: Gram, model: nn.Module) -> dict[str, float]:
     """`entanglement/layer/<layer>`: the cosine of the two gradients in each layer."""
-    return {f"entanglement/layer/{layer}": cosine for layer, cosine in by_layer(tensors, model).items()}
+    return {f"{keys.LAYER}{layer}": cosine for layer, cosine in by_layer(tensors, model).items()}
 
 
 def over_pairs(numbers: Sequence[Gram]) -> dict[str, float]:
     """The mean over pairs of what each pair's two gradients say (of conditions: their share), and the most frequent case."""
     each = [entanglement(gram) for gram in numbers]
     mean = {key: statistics.fmean(found[key] for found in each) for key in each[0]}
-    return mean | {"entanglement/case": statistics.mode(found["entanglement/case"] for found in each)}
+    return mean | {keys.CASE: statistics.mode(found[keys.CASE] for found in each)}

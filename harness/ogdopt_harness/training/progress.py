@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ogdopt import StepReport
 from ogdopt.diagnostics import Probe
 from ogdopt.gram import Gram
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.ranks import Ranks
 
 EVERY = 30.0  # seconds between plain lines
@@ -111,11 +112,9 @@ class Bar:
     def show(self, step: int, line: dict[str, float]) -> None:
         """Another step is done, and its figures are known."""
         self.advance(step)
-        told = {name: f"{line[name]:,.4g}" for name in ("loss", "tokens_per_second") if name in line}
+        told = {name: f"{line[name]:,.4g}" for name in (keys.LOSS, keys.SPEED) if name in line}
         if self.live:
-            self.bar.set_postfix(
-                {name.replace("tokens_per_second", "tok/s"): text for name, text in told.items()}, refresh=False
-            )
+            self.bar.set_postfix({name.replace(keys.SPEED, "tok/s"): text for name, text in told.items()}, refresh=False)
         elif self.shown and (time.monotonic() - self.spoke >= EVERY or step == self.total):
             self.spoke = time.monotonic()
             left = (self.spoke - self.began) / (step - self.start) * (self.total - step)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from ogdopt.losses import Completion
+from ogdopt_harness.common import keys
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.examples import Example, collate
 from ogdopt_harness.modeling.build import attention_of
@@ -55,13 +56,13 @@ class RewardTrainer(Trainer):
 
     def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
         line, stop = super()._line(taken, signals, speed)
-        line |= {f"rewards/{side}": line.pop(f"logps/{side}") for side in ("chosen", "rejected")}
-        return line | {"rewards/margins": line["rewards/chosen"] - line["rewards/rejected"]}, stop
+        line |= {keys.reward(side): line.pop(keys.logps(side)) for side in keys.SIDES}
+        return line | {keys.MARGINS: line[keys.reward(keys.CHOSEN)] - line[keys.reward(keys.REJECTED)]}, stop
 
     def _measure(self) -> dict[str, float]:
         held_out = self.job.held_out
         if held_out is None or not held_out.paired:
             return {}
         a, b = (sums_of(self._scores(side))[0] for side in (held_out.winners, held_out.losers))
-        line = {f"eval_{name}": value.item() for name, value in rewards_of(a, b, 1.0).items()}
-        return line | {"eval_loss": -torch.nn.functional.logsigmoid(a - b).mean().item()}
+        line = {keys.measured(name): value.item() for name, value in rewards_of(a, b, 1.0).items()}
+        return line | {keys.EVAL_LOSS: -torch.nn.functional.logsigmoid(a - b).mean().item()}

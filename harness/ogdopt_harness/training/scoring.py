@@ -14,7 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ogdopt.losses import Completion, Pairs, dpo
+from ogdopt_harness.common import keys
+from ogdopt_harness.common.keys import measured
 from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.data.batches import Micro, deal, slots
 from ogdopt_harness.data.examples import Example, collate, mismatched, order
 from ogdopt_harness.modeling.adapters import bare
@@ -124,7 +127,7 @@ class Scorer:
 
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept beside the run."""
-        file = self.job.directory / "reference.safetensors"
+        file = RunFolder(self.job.directory).reference
         kept = self.ranks.tell(lambda: load_file(file) if file.is_file() else None)
         if kept is not None:
             return kept
@@ -173,21 +176,21 @@ class Scorer:
         line: dict[str, float] = {}
         if self.job.validation:
             total, tokens = self._logps(self.job.validation)
-            line["eval_loss"] = -(total.sum() / tokens.sum()).item()
+            line[keys.EVAL_LOSS] = -(total.sum() / tokens.sum()).item()
         line |= self._objectives()
         held_out = self.job.held_out
         if held_out is None:
             return line
         scores = [self._scores(side) for side in (held_out.winners, held_out.losers)]
         (a, n_w), (b, n_l) = map(sums_of, scores)
-        line |= {"eval_logps/chosen": a.mean().item(), "eval_logps/rejected": b.mean().item()}
-        line |= {"eval_logps_mean/chosen": (a / n_w).mean().item(), "eval_logps_mean/rejected": (b / n_l).mean().item()}
+        line |= {measured(keys.logps(side)): x.mean().item() for side, x in zip(keys.SIDES, (a, b))}
+        line |= {measured(keys.logps_mean(side)): x.mean().item() for side, x in zip(keys.SIDES, (a / n_w, b / n_l))}
         A, B = self.reference["eval_chosen"], self.reference["eval_rejected"]
         if held_out.paired:
-            line |= {f"eval_{name}": v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
-            line["eval_dpo_loss"] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
+            line |= {measured(name): v.item() for name, v in rewards_of(a - A, b - B, EVAL_BETA).items()}
+            line[keys.EVAL_DPO_LOSS] = dpo_of(a, b, A, B, EVAL_BETA).mean().item()
             if (mass := unseen_mass(held_out, *scores)) is not None:
-                line["eval_unseen_mass"] = mass
+                line[keys.UNSEEN] = mass
         return line
 
     def _objectives(self) -> dict[str, float]:
@@ -203,7 +206,7 @@ class Scorer:
         total, tokens = self._logps(rows, on_prompt=config.train_on_prompt)
         losses = -total if config.loss_reduction == "sum" else -total / tokens
         f_dpo = dpo_of(a, b, A, B, self.job.beta or EVAL_BETA).mean()
-        return {"eval_objective/preference": f_dpo.item(), "eval_objective/sft": losses.mean().item()}
+        return {measured(keys.objective(name)): x.item() for name, x in zip(keys.STREAMS, (f_dpo, losses.mean()))}
 
 
 def dpo_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor, beta: float) -> Tensor:
@@ -220,8 +223,8 @@ def pairs_of(a: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Pairs:
 def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tensor]:
     """TRL's reward metrics from log-ratios (a - A, b - B), each (B,): batch means of shape ()."""
     return {
-        "rewards/chosen": beta * chosen.mean(),
-        "rewards/rejected": beta * rejected.mean(),
-        "rewards/margins": beta * (chosen - rejected).mean(),
-        "rewards/accuracies": (chosen > rejected).float().mean(),
+        keys.reward(keys.CHOSEN): beta * chosen.mean(),
+        keys.reward(keys.REJECTED): beta * rejected.mean(),
+        keys.MARGINS: beta * (chosen - rejected).mean(),
+        keys.ACCURACIES: (chosen > rejected).float().mean(),
     }

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ogdopt.losses import Completion, Pairs, sparse
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.config.schema import SparseConfig
 from ogdopt_harness.data.examples import Preferences, collate
@@ -73,8 +74,8 @@ class SparseTerm:
         reference = Pairs(Completion(refs[:n], chosen.mask), Completion(refs[n:], rejected.mask))
         found = sparse(Pairs(chosen, rejected), reference, (ws[:n], ws[n:]), **options)
         seen = {}
-        for side, values, completion in (("chosen", ws[:n], chosen), ("rejected", ws[n:], rejected)):
+        for side, values, completion in ((keys.CHOSEN, ws[:n], chosen), (keys.REJECTED, ws[n:], rejected)):
             tokens = completion.length  # by answer, so that it does not matter which ones share a micro-batch
             on, size = ((x.sum(1) / tokens).mean() for x in (values > 0, values.abs()))
-            seen |= {f"sparse/on_{side}": on, f"sparse/w_{side}": size}
+            seen |= {keys.tokens_on(side): on, keys.significance(side): size}
         return found, seen

@@ -14,6 +14,8 @@ from typing import Any
 from accelerate import PartialState, tracking
 from accelerate.utils import is_tensorboard_available
 
+from ogdopt_harness.common.keys import STEP
+
 AUTO, NONE = "auto", "none"
 NAMED = ("wandb", "trackio")
 """Trackers that have a project and a name for the run in it."""
@@ -50,10 +52,10 @@ class Trackers:
 
     def log(self, line: Mapping[str, float]) -> None:
         """Tell all of them a line, under its step; what is no finite number is left out."""
-        step = int(line["step"])
+        step = int(line[STEP])
         if self.begun is None:
             self.begun = [self._begin(name, step) for name in self.names]
-        values = {name: float(x) for name, x in line.items() if name != "step" and math.isfinite(x)}
+        values = {name: float(x) for name, x in line.items() if name != STEP and math.isfinite(x)}
         for tracker in self.begun:
             tracker.log(values, step=step)
 

@@ -23,14 +23,14 @@ from ogdopt.gram import Gram
 from ogdopt.objectives import Objective, SequentialObjective
 from ogdopt.projection import scaled
 from ogdopt.three_d import ThreeD, Thresholds
-from ogdopt_harness.common.files import write_json
+from ogdopt_harness.common import keys
 from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.config.schema import StageConfig
 from ogdopt_harness.modeling.export import export, model_card
 from ogdopt_harness.training import checkpoints, probing
 from ogdopt_harness.training.gradients import Collector
 from ogdopt_harness.training.job import Job
-from ogdopt_harness.training.joint import STREAMS
 from ogdopt_harness.training.meter import Meter, utilization
 from ogdopt_harness.training.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
 from ogdopt_harness.training.trackers import Trackers
@@ -60,7 +60,7 @@ class Trainer(Collector):
         super().__init__(job, *scorer, **named)
         self.plan = job.plan
         self.scheduler = schedule(job.config, self.optimizer, self.plan.steps)
-        self.metrics = job.directory / "metrics.jsonl"
+        self.folder = RunFolder(job.directory)
         self.tensors: Gram | None = None
         """What the last step's two gradients were, tensor by tensor, where there were two."""
         self.objective: Objective | None = None
@@ -102,7 +102,7 @@ class Trainer(Collector):
                     progress.enough = self._enough(line)
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if line:
-                    self._log({"step": progress.step, "epoch": progress.step / plan.steps_per_epoch} | line)
+                    self._log({keys.STEP: progress.step, keys.EPOCH: progress.step / plan.steps_per_epoch} | line)
                 ended = progress.step == plan.steps or bool(progress.enough)
                 if ended or (epoch_ends and job.config.export == "all"):
                     self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
@@ -112,22 +112,21 @@ class Trainer(Collector):
                     self._save(progress)
                 if stop:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
-        done = {"steps": progress.step, "epochs": math.ceil(progress.step / plan.steps_per_epoch)}
-        done |= {"seconds": progress.seconds, "skipped_steps": self.optimizer.skipped_steps} | progress.costs
-        done |= {"warnings": self.watch.warnings} | ({"stopped": progress.enough} if progress.enough else {})
-        self.ranks.tell(lambda: write_json(job.directory / "complete.json", done))
+        done = {keys.STEPS: progress.step, keys.EPOCHS: math.ceil(progress.step / plan.steps_per_epoch)}
+        done |= {keys.SECONDS: progress.seconds, keys.SKIPPED_STEPS: self.optimizer.skipped_steps} | progress.costs
+        done |= {keys.WARNINGS: self.watch.warnings} | ({keys.STOPPED: progress.enough} if progress.enough else {})
+        self.ranks.tell(lambda: self.folder.finish(done))
 
     def _restored(self) -> checkpoints.Progress:
         """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
-        folder = self.job.directory / "checkpoint"
-        progress = checkpoints.restore(folder, self.trained, self.optimizer, self.scheduler, self.ranks)
+        progress = checkpoints.restore(self.folder.checkpoints, self.trained, self.optimizer, self.scheduler, self.ranks)
         if progress is None:
             progress = checkpoints.Progress()
             self._truncate_metrics(0)
-            self._log({"step": 0, "epoch": 0.0} | self._measure())
+            self._log({keys.STEP: 0, keys.EPOCH: 0.0} | self._measure())
         else:
             self._truncate_metrics(progress.metrics_bytes)
-            for row in self.ranks.tell(lambda: self.metrics.read_text(encoding="utf-8").splitlines()):
+            for row in self.ranks.tell(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines()):
                 self.watch.read(json.loads(row))
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
@@ -139,7 +138,7 @@ class Trainer(Collector):
         joint = self.job.joint
         if joint is None or self.method.schedule is SequentialObjective:
             return ""
-        return joint.enough({name: line[f"eval_objective/{name}"] for name in STREAMS})
+        return joint.enough({name: line[keys.measured(keys.objective(name))] for name in keys.STREAMS})
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 
@@ -175,27 +174,27 @@ class Trainer(Collector):
         assert report is not None
         line, news = taken.total(self.ranks, self.device, *signals.news())
         tokens, positions = line.pop("tokens"), line.pop("slots")
-        line |= {"learning_rate": taken.learning_rate, "grad_norm": report.grad_norm}
-        line |= {"tokens_per_second": tokens / speed.seconds_a_step(), "padding": 1 - tokens / positions}
+        line |= {keys.LEARNING_RATE: taken.learning_rate, keys.GRAD_NORM: report.grad_norm}
+        line |= {keys.SPEED: tokens / speed.seconds_a_step(), keys.PADDING: 1 - tokens / positions}
         line |= utilization(self.device)
         if report.skipped:
-            line["skipped"] = 1.0
-        if self.method.two_gradients and "logps/rejected" in line:  # not in a supervised step of a schedule
+            line[keys.SKIPPED] = 1.0
+        if self.method.two_gradients and keys.logps(keys.REJECTED) in line:  # not in a supervised step of a schedule
             coefficient = report.coefficients
             assert isinstance(coefficient, tuple)
             line |= {
-                "ogd/cosine": report.cosine,
-                "ogd/coefficient": -coefficient[1],
-                "ogd/projected_fraction": report.projected_fraction,
-                "ogd/norm_chosen": report.gram.ww**0.5,
-                "ogd/norm_rejected": report.gram.ll**0.5,
-                "ogd/parallel": float(report.parallel),
+                keys.COSINE: report.cosine,
+                keys.COEFFICIENT: -coefficient[1],
+                keys.PROJECTED: report.projected_fraction,
+                keys.norm(keys.CHOSEN): report.gram.ww**0.5,
+                keys.norm(keys.REJECTED): report.gram.ll**0.5,
+                keys.PARALLEL: float(report.parallel),
             }
             if self.method.metric == "optimizer":
-                line["ogd/passes"] = float(report.passes)
+                line[keys.PASSES] = float(report.passes)
             # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
             if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
-                line["ogd/update_cosine_chosen"], line["ogd/update_cosine_rejected"] = report.change_cosines
+                line |= {keys.update_cosine(side): x for side, x in zip(keys.SIDES, report.change_cosines)}
         line |= taken.known
         return line | self._entanglement(line, report, taken.seen, taken.each), signals.heard(news)
 
@@ -216,31 +215,31 @@ class Trainer(Collector):
             if self.ranks.first:
                 tqdm.write(f"{self.job.label}, {self.watch.warnings[kind]}")
         if self.ranks.first:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.trackers.log(line)
 
     def _truncate_metrics(self, size: int) -> None:
         """Forget the lines behind the checkpoint: those steps are taken again."""
         if self.ranks.first:
-            with self.metrics.open("ab") as file:
+            with self.folder.metrics.open("ab") as file:
                 file.truncate(size)
 
     def _save(self, progress: checkpoints.Progress) -> None:
-        progress.metrics_bytes = self.metrics.stat().st_size if self.ranks.first else 0
+        progress.metrics_bytes = self.folder.metrics.stat().st_size if self.ranks.first else 0
         if self.objective is not None:
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
-        checkpoints.save(self.job.directory / "checkpoint", progress, self.trained, self.optimizer, self.scheduler, self.ranks)
+        checkpoints.save(self.folder.checkpoints, progress, self.trained, self.optimizer, self.scheduler, self.ranks)
 
     def _export(self, epoch: int, line: dict[str, float]) -> None:
-        figures = {k: v for k, v in line.items() if k.startswith("eval_")}
+        figures = {k: v for k, v in line.items() if k.startswith(keys.EVAL)}
         card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
-        export(self.model, self.tokenizer, self.job.directory / "model" / f"epoch-{epoch}", card, self.ranks)
+        export(self.model, self.tokenizer, self.folder.model(epoch), card, self.ranks)
 
     def _entanglement(
         self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
     ) -> dict[str, float]:
-        self.tensors = report.tensors if self.method.two_gradients and "logps/rejected" in line else None
+        self.tensors = report.tensors if self.method.two_gradients and keys.logps(keys.REJECTED) in line else None
         if self.tensors is not None:
             return entanglement(self.tensors)  # with the weights of DPO, whatever the rule makes of the two
         if each:
@@ -248,11 +247,11 @@ class Trainer(Collector):
         if seen is None:
             return {}
         self.tensors = seen.gram
-        names = [f"entanglement/weight_{side}" for side in ("chosen", "rejected")]
+        names = [keys.weight(side) for side in keys.SIDES]
         d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(name, math.nan) for name in names)
         found = entanglement(seen.gram, d_w, d_l)
         if math.isnan(d_w):  # the sparse loss weighs tokens, not answers
-            found = {k: v for k, v in found.items() if "condition" not in k and "case" not in k}
+            found = {k: v for k, v in found.items() if not k.startswith((keys.CONDITION, keys.CASE))}
         return found | seen.metrics | self._layers()
 
     def _layers(self) -> dict[str, float]:
