@@ -164,7 +164,7 @@ class Recompute:
 
     def _check(self, loss: Any, again: Any) -> None:
         """Raise GradientError where the two passes were not of the same loss."""
-        first, second = (None if x is None else float(torch.as_tensor(x).detach().sum()) for x in (loss, again))
+        first, second = (None if x is None else float(x.detach().sum() if isinstance(x, Tensor) else x) for x in (loss, again))
         if first is not None and second is not None and not abs(second - first) <= 1e-2 * abs(first) + 1e-6:
             raise GradientError(
                 f"the winner's closure gave loss {first:.6g}, and {second:.6g} when it ran again for "

@@ -277,7 +277,7 @@ class Sides:
     def keep_loss(self, side: Side, loss: Any) -> None:
         """Keep the number that a closure returned for the report."""
         if isinstance(loss, (Tensor, float, int)):
-            self.losses[side] = torch.as_tensor(loss).detach().sum()
+            self.losses[side] = (loss if isinstance(loss, Tensor) else torch.tensor(loss, device="cpu")).detach().sum()
 
     def _gradients(self) -> list[tuple[Any, int]]:
         """Every gradient that is there, with its version; held on to, so that no later one takes its address."""

@@ -253,8 +253,9 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
             return False
     direct, others, rest = _divided(WIDTH, wholes)
     bundles = [None if bundle is None else _with_winner(bundle) for bundle in others]
-    t = torch.stack(counts).double() + 1 if counts else torch.zeros(len(moved), dtype=torch.float64, device="cpu")
-    settings = _settings(form, [entry.group for entry in moved], t).to(a.device, non_blocking=True)
+    # Only Adam's numbers depend on it; others' counts may lie on a device that cannot be read.
+    counted = torch.stack(counts).double() + 1 if counts and form.loop == "adam" else a.new_zeros(len(moved))
+    settings = _settings(form, [entry.group for entry in moved], counted).to(a.device, non_blocking=True)
     table = _coefficients(a[places], b[places])
     _run(form.update, bundles, (table, settings))
     if direct:

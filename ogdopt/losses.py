@@ -318,7 +318,7 @@ def sparse(
     rejected completion, each (B, T); `reference` holds the same completions' tokens under the reference policy. GE, section
     5.2; the threshold and what w is a function of are our reading of the text.
     """
-    terms, cost = [], torch.zeros(())
+    terms, cost = [], pairs.chosen.logps.new_zeros(())
     for ours, theirs, w in zip(pairs[:2], reference[:2], significance):
         mask = ours.mask.bool()
         log_ratios = ours.logps.to(w) - theirs.logps.to(w)

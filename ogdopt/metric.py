@@ -79,9 +79,14 @@ def _adam_second(group: dict[str, Any], s: dict[str, Tensor], x: Tensor) -> Tens
     return torch.maximum(v, s["max_exp_avg_sq"]) if "max_exp_avg_sq" in s else v
 
 
+def _root_of(v: Tensor | float) -> Any:
+    """Square root, on the device where v is."""
+    return v.sqrt() if isinstance(v, Tensor) else v**0.5
+
+
 def _adam_gain(group: dict[str, Any], step: float, v: Tensor | float) -> Tensor:
     beta1, beta2 = (float(b) for b in group["betas"])
-    denominator = torch.as_tensor(v).sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]
+    denominator = _root_of(v) / (1 - beta2**step) ** 0.5 + group["eps"]
     return float(group["lr"]) / (1 - beta1**step) / denominator
 
 
@@ -111,7 +116,7 @@ FORMS: dict[type[Optimizer], Form] = {
         keys=("square_avg", "grad_avg", "momentum_buffer"),
         second=_rmsprop_second,
         kept=_rmsprop_kept,
-        gain=lambda group, step, v: float(group["lr"]) / (torch.as_tensor(v).sqrt() + group["eps"]),
+        gain=lambda group, step, v: float(group["lr"]) / (_root_of(v) + group["eps"]),
         change=lambda group, s, x, P: float(group["lr"]) * s["momentum_buffer"] if group["momentum"] > 0 else P * x,
         own=lambda group: 1.0,
     ),
@@ -121,9 +126,7 @@ FORMS: dict[type[Optimizer], Form] = {
         keys=("sum",),
         second=lambda group, s, x: s["sum"] + x * x,
         kept=lambda group, s: s["sum"],
-        gain=lambda group, step, v: (
-            float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]) / (torch.as_tensor(v).sqrt() + group["eps"])
-        ),
+        gain=lambda group, step, v: float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]) / (_root_of(v) + group["eps"]),
         change=lambda group, s, x, P: P * x,
         own=lambda group: 1.0,
     ),
@@ -200,7 +203,7 @@ def _root(measure: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], fixed: Ten
     and negative for large c, so a bracketed secant finds a root also where h is not monotone (centered RMSprop). Where the
     second moment is still 0 the change is a sign, and h jumps at the root: then c is the end of the jump where h <= 0.
     """
-    c = torch.zeros(len(fixed), dtype=torch.float64)
+    c = torch.zeros(len(fixed), dtype=torch.float64, device="cpu")
     low, high = c.clone(), torch.full_like(c, torch.inf)
     last: tuple[Tensor, Tensor] | None = None
     h, exact, passes = c, fixed, 0

@@ -356,7 +356,7 @@ def _received(message: _Message) -> dict[str, float]:
 
 def _number(name: str, loss: Tensor | float) -> Tensor:
     if isinstance(loss, float):
-        return torch.tensor(loss, dtype=torch.float64)
+        return torch.tensor(loss, dtype=torch.float64, device="cpu")
     number: Any = _loss(name, loss).detach()
     return number.full_tensor() if hasattr(number, "full_tensor") else number  # a DTensor, under tensor parallelism
 

@@ -35,7 +35,7 @@ def add_pair(parameters: Iterable[Tensor], winner: Value, loser: Value, rule: Ru
     (b_loss, ls), (a_loss, ws) = (gradients(closure, parameters) for closure in (loser, winner))
     _same_pair(torch.tensor([a_loss, b_loss], dtype=torch.float64, device=parameters[0].device))
     numbers = gram(ws, ls).pooled([len(parameters)])
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     a, b = (share * x[0] for x in rule(numbers))
     with torch.no_grad():
         for p, w, l, before in zip(parameters, ws, ls, held):

@@ -6,7 +6,7 @@ A rule gets a `Gram` whose entries are blocks (one for the whole model, or one a
     orthogonal   (1, -max(0, wl)/ll)         OGD: the winner's gradient without the part that would also help the loser
     normalized   (1/|g_w|, -1/|g_l|)         the difference of the unit vectors
     interval(t)  between the two and beyond  every direction that raises winners and lowers losers
-    sum, mgda, pcgrad, upgrad                the gradients of L_w and -L_l as two objectives of equal right
+    difference ("sum"), mgda, pcgrad, upgrad the gradients of L_w and -L_l as two objectives of equal right
     watch        (1, 0)                      the winner's gradient; measures and changes nothing
 
 Orthogonal gradient descent, Definition 4.1: u = g_w - c g_l with c = max(0, <g_w, g_l>)/|g_l|^2 is the Euclidean
@@ -23,9 +23,8 @@ from 1e-150 to 1e150, where their squares fit float64.
 
 from __future__ import annotations
 
-import builtins
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -36,6 +35,22 @@ from ogdopt.gram import Gram, ratio
 Rule: TypeAlias = Callable[[Gram], tuple[Tensor, Tensor]]
 Scope: TypeAlias = Literal["global", "group", "tensor"]
 SCOPES = ("global", "group", "tensor")
+__all__ = [
+    "RULES",
+    "SCOPES",
+    "Rule",
+    "Scope",
+    "block_sizes",
+    "difference",
+    "interval",
+    "mgda",
+    "normalized",
+    "orthogonal",
+    "pcgrad",
+    "scaled",
+    "upgrad",
+    "watch",
+]
 
 
 def orthogonal(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -81,16 +96,25 @@ def interval(t: float) -> Rule:
         raise ValueError(f"interval({t}): expected a number from 0 (the winner stays) to 1 (the loser stays, OGD)")
     if t == 1:
         return orthogonal
-    return functools.partial(_interval, t=t)
+    return _Interval(t)
 
 
-def _interval(gram: Gram, t: float) -> tuple[Tensor, Tensor]:
-    kappa = gram.cosine.clamp(min=0) ** abs(2 * t - 1)
-    lengths = ratio(gram.ww.sqrt(), gram.ll.sqrt())
-    one = torch.ones_like(kappa)
-    a, b = (one, kappa) if t >= 0.5 else (kappa, one)
-    a = torch.where(gram.ll > 0, a, 1.0)
-    return _unless_parallel(gram, a, -b * lengths)
+@dataclass(frozen=True)
+class _Interval:
+    """A function that can be pickled."""
+
+    t: float
+
+    def __call__(self, gram: Gram) -> tuple[Tensor, Tensor]:
+        kappa = gram.cosine.clamp(min=0) ** abs(2 * self.t - 1)
+        lengths = ratio(gram.ww.sqrt(), gram.ll.sqrt())
+        one = torch.ones_like(kappa)
+        a, b = (one, kappa) if self.t >= 0.5 else (kappa, one)
+        a = torch.where(gram.ll > 0, a, 1.0)
+        return _unless_parallel(gram, a, -b * lengths)
+
+    def __repr__(self) -> str:
+        return f"interval({self.t})"
 
 
 def scaled(rule: Rule, factor: Tensor | float) -> Rule:
@@ -104,12 +128,22 @@ def scaled(rule: Rule, factor: Tensor | float) -> Rule:
     >>> [x.item() for x in scaled(normalized, 0.5)(Gram(ww=4 * one, wl=one, ll=16 * one))]
     [0.25, -0.125]
     """
+    return _Scaled(rule, factor)
 
-    def times(gram: Gram) -> tuple[Tensor, Tensor]:
-        a, b = rule(gram)
-        return a * factor, b * factor
 
-    return times
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A function that can be pickled."""
+
+    rule: Rule
+    factor: Tensor | float
+
+    def __call__(self, gram: Gram) -> tuple[Tensor, Tensor]:
+        a, b = self.rule(gram)
+        return a * self.factor, b * self.factor
+
+    def __repr__(self) -> str:
+        return f"scaled({getattr(self.rule, '__name__', repr(self.rule))}, {self.factor})"
 
 
 def pcgrad(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -139,8 +173,8 @@ def mgda(gram: Gram) -> tuple[Tensor, Tensor]:
     return _unless_parallel(gram, torch.where(longer, small, 1 - small), -torch.where(longer, 1 - small, small))
 
 
-def sum(gram: Gram) -> tuple[Tensor, Tensor]:
-    """The plain sum of the gradients of L_w and -L_l: (1, -1), gradient ascent on losers."""
+def difference(gram: Gram) -> tuple[Tensor, Tensor]:
+    """The rule "sum": the plain sum of the gradients of L_w and -L_l, (1, -1), gradient ascent on losers."""
     one = torch.ones_like(gram.ww)
     return _checked(gram, one, -one)
 
@@ -177,7 +211,7 @@ def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
     >>> block_sizes("global", [2, 3]), block_sizes("group", [2, 3]), block_sizes("tensor", [2, 3])
     ([5], [2, 3], [1, 1, 1, 1, 1])
     """
-    total = builtins.sum(group_sizes)
+    total = sum(group_sizes)
     if scope == "global":
         return [total]
     if scope == "group":
@@ -190,7 +224,7 @@ def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
 RULES: dict[str, Rule] = {
     "orthogonal": orthogonal,
     "normalized": normalized,
-    "sum": sum,
+    "sum": difference,
     "mgda": mgda,
     "pcgrad": pcgrad,
     "upgrad": upgrad,

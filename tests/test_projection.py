@@ -18,7 +18,7 @@ RULES = {
     "pcgrad": pcgrad,
     "upgrad": upgrad,
     "mgda": mgda,
-    "sum": projection.sum,
+    "sum": projection.difference,
     "watch": watch,
     **{f"interval({t})": interval(t) for t in (0, 0.3, 0.5, 0.8)},
 }
