@@ -185,7 +185,7 @@ TOKENIZERS = {template: byte_level(template) for template in (None, MISTRAL, CHA
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"prompt": "a", "completion": "b </s> c"}, "EOS inside the completion"),
+        ({"text": "b </s> c"}, "EOS inside the completion"),
         ({"prompt": "a", "completion": "nothing"}, "empty completion"),
         ({"prompt": "a", "completion": "</s>"}, "empty completion"),
         ({"messages": [{"role": "system", "content": "s"}, USER, IRON]}, "refused by the chat template"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,20 @@ def replaced(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def read_regular(path: Path, option: str, most: int) -> bytes:
+    """The bytes of a regular file. Raises ValueError for anything else (a pipe, a device), and beyond `most` bytes."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket"
+            raise ValueError(f"{option}: {path} is {kind}; expected a file")
+        if found.st_size > most:
+            raise ValueError(f"{option}: {path} has {found.st_size:,} bytes; expected at most {most:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be read ({error.strerror or error}); correct the path") from error
 
 
 def write_text(path: Path, text: str) -> None:

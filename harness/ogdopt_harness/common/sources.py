@@ -11,11 +11,14 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+MOST_BYTES = 16_000_000
+"""Bytes of one row of a file: more is no text that a model reads, and would fill the memory as tokens."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # "../pairs" is a path
 
 
@@ -73,11 +76,14 @@ def read_file(path: Path, option: str) -> Iterator[tuple[str, Any]]:
         return
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(_lines(file), start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark that some editors write
-                if line.strip():
+                if len(line) > MOST_BYTES:
+                    found, remedy = f"more than {MOST_BYTES:,} bytes", "expected one JSON object a line: cut or split the row"
+                    yield f"{path}:{number}", RowError("row too large", "", found, remedy)
+                elif line.strip():
                     yield f"{path}:{number}", decode(line.rstrip(b"\r\n"))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
@@ -85,17 +91,24 @@ def read_file(path: Path, option: str) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
+def _lines(file: Any) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long only so much as shows that, so that no line fills the memory."""
+    while line := file.readline(MOST_BYTES + 1):
+        rest = line
+        while not rest.endswith(b"\n") and len(line) > MOST_BYTES and (rest := file.readline(MOST_BYTES)):
+            continue
+        yield line
+
+
 def decode(line: bytes) -> Any:
     """The JSON value of a line, or the RowError that says why there is none."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RowError(
-                    "duplicate key", key, "it more than once in one object", "expected each key once: keep one of them"
-                )
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            raise RowError("duplicate key", key, "it more than once in one object", "expected each key once: keep one of them")
+        return found
 
     def constant(name: str) -> Any:
         raise RowError("not a JSON number", "", name, "expected JSON, which has no NaN or Infinity: write null or leave it out")

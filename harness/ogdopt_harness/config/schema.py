@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jsonargparse
 
+from ogdopt_harness.common.files import read_regular
 from ogdopt_harness.config import ranges, strict
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
@@ -491,7 +492,7 @@ def recipe_file(word: str) -> Path:
     if path.stem in known and path.parent.name == "recipes":
         raise ValueError(f"--config {word}: no such file; expected the recipe's name alone: --config {path.stem}")
     if path.exists():
-        strict.read_regular(path, "--config", strict.MOST_BYTES)
+        read_regular(path, "--config", strict.MOST_BYTES)
     raise ValueError(f"--config {word}: no such file; expected a YAML file or one of the recipes {', '.join(known)}")
 
 

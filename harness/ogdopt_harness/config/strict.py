@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import stat
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,25 +16,13 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from ogdopt_harness.common.files import read_regular
+
 MOST_BYTES = 1_000_000
 MOST_VALUES = 100_000
 """Values in one file, each counted as often as aliases repeat it."""
 MOST_DEPTH = 50
 NULLS = ("", "~", "null", "Null", "NULL")
-
-
-def read_regular(path: Path, option: str, most: int) -> bytes:
-    """The bytes of a regular file. Raises ValueError for anything else (a pipe, a device), and beyond `most` bytes."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket"
-            raise ValueError(f"{option}: {path} is {kind}; expected a file")
-        if found.st_size > most:
-            raise ValueError(f"{option}: {path} has {found.st_size:,} bytes; expected at most {most:,}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{option}: {path} cannot be read ({error.strerror or error}); correct the path") from error
 
 
 def check_file(path: Path, schema: type) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ogdopt_harness.config.schema import DataConfig
+from ogdopt_harness.data.literal import Literals
 from ogdopt_harness.data.rows import Message, Problem, Row, RowError, as_messages, rows
 
 Part = Literal["train", "eval"]
 Kind = Literal["sft", "joint", "preference"]
 CHUNK = 256  # rows tokenized in one call, which a fast tokenizer spreads over the cores
+MOST_AT_ONCE = 4_000_000  # characters tokenized in one call
 SHOWN = 10  # problems listed in an error
 KEPT = 3  # places kept of each reason, in the report and in an error
 
@@ -158,6 +160,18 @@ def texts(config: DataConfig, part: Part, kind: Kind) -> Iterator[str]:
         yield "\n".join((*prompt, *row.answers))
 
 
+def _chunk(source: Iterator[Row | Problem]) -> Iterator[Row | Problem]:
+    """The next rows to tokenize together: `CHUNK` of them, fewer where they are long."""
+    characters = 0
+    for row in islice(source, CHUNK):
+        yield row
+        if isinstance(row, Row):
+            prompt = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt or ())
+            characters += len(prompt) + sum(map(len, row.answers))
+        if characters > MOST_AT_ONCE:
+            return
+
+
 def order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n rows in an epoch: a pure function, so that (epoch, position) is all a resumed run has to know."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
@@ -225,7 +239,7 @@ class Loader:
     def sequences(self) -> Iterator[tuple[bool | None, tuple[Example, ...]]]:
         """(label, examples that share a prompt) of every usable row, in order."""
         source = rows(self.config, self.part, self.kind)
-        while chunk := list(islice(source, CHUNK)):
+        while chunk := list(_chunk(source)):
             self.read += len(chunk)
             for row, encoded in zip(chunk, self.encoder.encode(chunk), strict=True):
                 if isinstance(encoded, Problem):
@@ -261,6 +275,8 @@ class Loader:
             self.note("prompt cut at its start", where)
         if longest > room:
             self.note("completion cut, ends without EOS", where)
+        if encoded.literal:
+            self.note("special tokens written out, which are taken as text", where)
         if encoded.moved:
             self.note("prompt tokens change next to the completion", where)
         return tuple(Example(prompt, answer) for answer in cut)
@@ -311,6 +327,8 @@ class Encoded(NamedTuple):
     prompt: list[int]
     answers: tuple[list[int], ...]
     moved: bool
+    literal: bool = False
+    """Whether a special token was written out in its text."""
 
 
 class Encoder:
@@ -321,6 +339,7 @@ class Encoder:
         if not isinstance(eos, int):
             raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set eos_token, or completions never end")
         self.tokenizer = tokenizer
+        self.literals = Literals(tokenizer)
         self.templated = tokenizer.chat_template is not None
         self.eos, self.bos = eos, bos if isinstance(bos, int) else None
         self.adds_bos = self.bos is not None and self.bos in tokenizer("a").input_ids[:1]
@@ -330,8 +349,7 @@ class Encoder:
         """One result a row. Raises ValueError if a row holds messages and the tokenizer has no chat template."""
         rendered = [row if isinstance(row, Problem) else self.render(row) for row in chunk]
         flat = [text for item in rendered if isinstance(item, list) for text in item]
-        encoded = self.tokenizer(flat, add_special_tokens=False, verbose=False).input_ids if flat else []
-        tokens = iter(encoded)
+        tokens = iter(self.literals.ids(flat))
         results: list[Encoded | Problem] = []
         for row, item in zip(chunk, rendered, strict=True):
             if isinstance(item, Problem):
@@ -339,7 +357,8 @@ class Encoder:
                 continue
             assert isinstance(row, Row)
             try:
-                results.append(self.split(row, [next(tokens) for _ in item]))
+                typed = any(self.literals.hidden.search(text) for text in item)
+                results.append(self.split(row, [next(tokens) for _ in item])._replace(literal=typed))
             except RowError as problem:
                 results.append(problem.at(row.where))
         return results
@@ -354,17 +373,28 @@ class Encoder:
                     f"{row.where}: holds messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
                     "choose one that has (model.tokenizer_name_or_path), or rows of plain text"
                 )
-            return [row.prompt, *(row.prompt + answer for answer in row.answers)]
+            bos = str(self.tokenizer.bos_token or "")
+            opened = bos if bos and row.prompt.startswith(bos) else ""
+            prompt = opened + self.literals.hide(row.prompt[len(opened) :])
+            return [prompt, *(prompt + self.typed(answer) for answer in row.answers)]
         try:
             asked = as_messages(row.prompt)
             strip = isinstance(row.prompt, str) and asked[0]["content"] != row.prompt  # the turns of a dialogue were stripped
             answers = [answer.strip() if strip else answer for answer in row.answers]
-            return [self.apply(asked), *(self.apply(asked, answer) for answer in answers)]
+            asked = [{**turn, "content": self.literals.hide(turn["content"])} for turn in asked]
+            return [self.apply(asked), *(self.apply(asked, self.typed(answer)) for answer in answers)]
         except RowError as problem:
             return problem.at(row.where)
         except TemplateError as error:
             remedy = "change the messages or the tokenizer's template"
             return Problem(row.where, "refused by the chat template", "", str(error) or type(error).__name__, remedy)
+
+    def typed(self, answer: str) -> str:
+        """An answer with its special tokens hidden, but for those of its end, which every completion gets anyway."""
+        eos, cut = str(self.tokenizer.eos_token), answer
+        while cut.rstrip().endswith(eos):
+            cut = cut.rstrip().removesuffix(eos)
+        return self.literals.hide(cut)
 
     def apply(self, asked: list[Message], answer: str | None = None) -> str:
         """The templated text: with an answer, or up to where the answer begins."""

@@ -27,6 +27,8 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 OPTIONAL = {"chosen/rejected": ("prompt", "input"), "prompt/completion/label": ("input",), "prompt/completion": ("input",)}
 EXPLICIT = ("input",)  # columns that are read only when `columns` names them
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+MOST_CHARACTERS = 4_000_000
+"""Characters of one text: a bound that costs nothing, before a tokenizer makes hundreds of bytes of each."""
 SHORTEST_ECHO = 16  # characters; a shorter prompt ("Mercury") may well open an honest answer
 
 
@@ -302,6 +304,9 @@ def text(value: Any, column: str, empty: str = "empty completion") -> str:
         raise RowError("wrong type", column, kind_of(value), "expected text")
     if not value.strip():
         raise RowError(empty, column, repr(value[:20]), "expected text that is not white space alone")
+    if len(value) > MOST_CHARACTERS:
+        remedy = f"expected at most {MOST_CHARACTERS:,}: cut or split the row"
+        raise RowError("text too long", column, f"{len(value):,} characters", remedy)
     return encodable(value, column)
 
 

@@ -14,10 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ogdopt_harness.common.sources import RowError, kind_of, read_file
+import regex  # as re, with a bound in time
+
+from ogdopt_harness.common.files import read_regular
+from ogdopt_harness.common.sources import MOST_BYTES, RowError, decode, kind_of, read_file
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 
 Row = dict[str, Any]
+SECONDS = 5.0
+MOST_CHARACTERS = 1_000_000
+"""Characters of one text of a benchmark."""
+MOST_PATTERN = 10_000
+"""Characters of a pattern."""
 
 
 def names_answer(reply: str, item: Row) -> int:
@@ -40,7 +48,21 @@ def naming(choice: str) -> re.Pattern[str]:
 
 def judge_style(item: Row, replies: list[str]) -> dict[str, int]:
     """Whether the reply shows the preferred and the rejected style."""
-    return {style: int(re.search(item[style], replies[0]) is not None) for style in ("chosen", "rejected")}
+    return {style: int(shows(item[style], replies[0])) for style in ("chosen", "rejected")}
+
+
+def shows(pattern: str, text: str) -> bool:
+    """Whether a style's pattern is found in a text. Raises ValueError where that takes longer than `SECONDS`.
+
+    Some patterns, such as `(a+)+b`, try exponentially many ways to fail.
+    """
+    try:
+        return regex.search(pattern, text, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise ValueError(
+            f"evals.style: the pattern {pattern[:80]!r} takes more than {SECONDS:g} s on a text of {len(text):,} characters; "
+            "expected one without repetitions of repetitions, such as (a+)+"
+        ) from error
 
 
 def read_items(task: TaskConfig) -> list[Row]:
@@ -59,21 +81,23 @@ def read_items(task: TaskConfig) -> list[Row]:
 def item_of(row: Row, where: str, task: TaskConfig) -> Row:
     """One item of a benchmark, checked; its hash tells whether two evaluations saw the same question."""
     if "choices" not in row and {"prompt", "chosen", "rejected"} <= row.keys():
-        choices = sorted(
-            str(row[column]) for column in ("chosen", "rejected")
-        )  # the right one must not stand first in all rows
-        row = {"question": row["prompt"], "choices": choices, "answer": choices.index(str(row["chosen"]))}
+        for column in ("prompt", "chosen", "rejected"):
+            if not isinstance(row[column], str):
+                raise ValueError(f"{where}: {column!r} is {kind_of(row[column])}; expected a text")
+        choices = sorted(row[column] for column in ("chosen", "rejected"))  # the right one must not stand first in all rows
+        row = {"question": row["prompt"], "choices": choices, "answer": choices.index(row["chosen"])}
     texts = {column: row.get(column) or "" for column in ("question", "context", "cloze")}
     for column, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{where}: {column!r} is {kind_of(text)}; expected a text")
+        checked(text, where, column)
     question, context, cloze = (text.strip() for text in texts.values())
     if not (question or context):
         raise ValueError(f"{where}: no 'question'; expected a text that is not empty (or a 'context' to go on with)")
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ValueError(f"{where}: 'choices' is {kind_of(choices)}; expected a list of texts that are not empty")
-    choices = [choice.strip() for choice in choices]
+    choices = [checked(choice.strip(), where, f"choices[{i}]") for i, choice in enumerate(choices)]
     told_apart = [" ".join(choice.casefold().split()) for choice in choices] if "generate" in task.ask else choices
     if len(choices) < 2 or len(set(told_apart)) < len(choices):
         raise ValueError(
@@ -91,7 +115,23 @@ def item_of(row: Row, where: str, task: TaskConfig) -> Row:
         )
     digest = hashlib.sha256(json.dumps([context, question, choices, answer], ensure_ascii=False).encode()).hexdigest()
     asked = "\n".join(text for text in (context, question) if text)
-    return {"question": asked, "choices": choices, "answer": answer, "cloze": cloze, "hash": digest}
+    return {"question": asked, "choices": choices, "answer": answer, "cloze": cloze, "hash": digest, "where": where}
+
+
+def checked(text: str, where: str, column: str) -> str:
+    """The text itself. Raises ValueError, with file, row and column, for one that no tokenizer can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {column!r} holds half of a surrogate pair, U+{ord(text[error.start]):04X} at character {error.start}; "
+            "expected whole characters: remove the broken half"
+        ) from error
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{where}: {column!r} has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}: cut it or remove the row"
+        )
+    return text
 
 
 def read_style(config: EvalConfig) -> list[Row] | None:
@@ -113,6 +153,8 @@ def read_style(config: EvalConfig) -> list[Row] | None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(turns, list) or not turns or not all(is_message(turn) for turn in turns):
             raise ValueError(f"{where}: 'prompt' is {kind_of(prompt)}; expected a text, or messages with role and content")
+        for i, turn in enumerate(turns):
+            checked(turn["content"], where, "prompt" if isinstance(prompt, str) else f"prompt[{i}].content")
         if turns[-1]["role"] != "user":
             raise ValueError(
                 f"{where}: 'prompt' ends with a turn of {turns[-1]['role']!r}; expected the user's, to be replied to"
@@ -124,17 +166,22 @@ def read_style(config: EvalConfig) -> list[Row] | None:
 
 def is_message(turn: Any) -> bool:
     """Whether a turn has a known role and some content."""
-    return isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant") and bool(turn.get("content"))
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return isinstance(content, str) and bool(content.strip()) and turn.get("role") in ("system", "user", "assistant")
 
 
 def read_patterns(path: Path) -> dict[str, str]:
     """{"chosen", "rejected"}: the regular expressions of a style file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = decode(read_regular(path, "evals.style", MOST_BYTES))
+        if isinstance(raw, RowError):
+            raise ValueError(raw.at(str(path)))
         patterns = {style: raw[f"{style}_pattern"] for style in ("chosen", "rejected")}
         for pattern in patterns.values():
-            re.compile(pattern)
-    except (OSError, ValueError, KeyError, TypeError, re.error) as error:
+            if len(pattern) > MOST_PATTERN:
+                raise ValueError(f"a pattern has {len(pattern):,} characters, more than {MOST_PATTERN:,}")
+            regex.compile(pattern)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError, regex.error) as error:
         raise ValueError(
             f"evals.style: {path}: {error!r}; expected a JSON file {{chosen_pattern, rejected_pattern}} of regular expressions"
         ) from error

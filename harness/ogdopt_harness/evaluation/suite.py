@@ -83,6 +83,7 @@ def evaluate(
         shows = progress and ranks.rank() == 0
         with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not shows, file=terminal, leave=False) as bar:
             lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar)
+            check_choices(local, lm, config.limit)
             about = {**settings(config, lm), **versions(), "words": str(tokenizer)}
             about["model"] = fingerprint(model_dir, config=model.config)
             digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
@@ -200,6 +201,21 @@ def local_task(name: str, way: str, items: list[Row], config: EvalConfig) -> Loc
             "process_results": score,
         }
     )
+
+
+def check_choices(tasks: dict[str, LocalTask], lm: EvalLM, limit: int | None) -> None:
+    """Raises ValueError, with file, row and column, for a choice that has more tokens than the model reads."""
+    for name, task in tasks.items():
+        docs = task.eval_docs if name != "style" and not name.endswith(":generate") else []
+        for doc in docs[:limit]:
+            for i, choice in enumerate(doc["choices"]):
+                if len(choice.encode()) <= lm.max_length:  # no token is shorter than a byte
+                    continue
+                if (tokens := len(lm.tok_encode(choice, add_special_tokens=False))) > lm.max_length:
+                    raise ValueError(
+                        f"{doc['where']}: 'choices[{i}]' has {tokens:,} tokens, but the model reads {lm.max_length:,} at most: "
+                        f"{choice[:60]!r}...; cut it, remove the row, or give the model a larger max_position_embeddings"
+                    )
 
 
 # -------------------------------------------------------------------------------------------------------- asking and answering

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> 
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer = trainers.BpeTrainer(**size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    raw.train_from_iterator(texts, trainer)
+    # A special token that a text writes out would count as a word too, and leave ids beyond the vocabulary.
+    written = re.compile("|".join(map(re.escape, special)))
+    raw.train_from_iterator((written.sub(" ", text) for text in texts), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         additional_special_tokens=TURNS,
