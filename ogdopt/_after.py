@@ -51,8 +51,23 @@ def step_base(setup: Setup, mixture: Mixture | None, report: StepReport) -> None
         du, dl, dd = change_of(entries, before, options.process_group).to(a).unbind(1)
         along = report.blocks.wl / report.blocks.ll
         places = blocks_of(setup.block_sizes())
+        du = du - _kept_part(setup, entries, before, report, clips)
         parallel = torch.where(report.blocks.same_direction[places], along[places] * dl, torch.nan)
         report.change = torch.stack([torch.where(a != 0, (du - b * dl) / a, parallel).sum(), dl.sum(), dd.sum()])
+
+
+def _kept_part(setup: Setup, entries: list[Entry], before: list[Tensor], report: StepReport, clips: Tensor) -> Tensor:
+    """What gradients that are preserved put into <delta, u>, (P,); their own <delta, g> go into the report."""
+    total = torch.zeros_like(clips)
+    if report.joint is None:
+        return total
+    further = setup.further(report) * clips[:, None]
+    for k, name in enumerate(report.joint.names[1:]):
+        those = [entry._replace(w=None, l=entry.others[k]) for entry in entries]
+        dk = change_of(those, before, setup.options.process_group).to(clips)[:, 1]
+        report.changes[name] = dk.sum()
+        total += further[:, k] * dk
+    return total
 
 
 def copies(entries: list[Entry]) -> list[Tensor]:

@@ -12,12 +12,13 @@ from ogdopt import fused as fused_forms
 from ogdopt import metric as own_metric
 from ogdopt._setup import Setup
 from ogdopt._sides import Mixture, Sides
+from ogdopt.cone import Grams, nearest
 from ogdopt.distributed import elsewhere, settled, shared
 from ogdopt.errors import GradientError, warn
-from ogdopt.gram import Gram, gram
+from ogdopt.gram import Gram, blocks_of, gram
 from ogdopt.metric import Entry
-from ogdopt.passes import mix_all
-from ogdopt.report import StepReport
+from ogdopt.passes import mix_all, mix_many_
+from ogdopt.report import Joint, StepReport
 
 
 class Mixing:
@@ -37,15 +38,19 @@ class Mixing:
             raise GradientError(f"project() or step() was called inside {sides.active}(); close that context first")
         if sides.winner is None:
             raise GradientError("there is no winner's gradient to project; run its backward inside `with opt.winner():` first")
-        if self.setup.options.set_aside == "recompute" and sides.loser is not None:
+        if self.setup.options.set_aside == "recompute" and (sides.loser is not None or sides.kept):
             raise GradientError(
                 "set_aside='recompute' runs the winner's pass twice, so it needs step(winner, loser) with two closures; with "
                 "contexts use 'int8' or torch.bfloat16"
             )
         groups = {p: group for group in reversed(self.setup.base.param_groups) for p in group["params"]}
         losers = sides.loser or {}
-        entries = [Entry(groups[p], p, sides.winner.get(p), losers.get(p)) for p in self.setup.parameters()]
-        self.report = report = self.measure(entries, sides.loser is not None, grad_scale)
+        parameters = self.setup.parameters()
+        others = [[side.get(p) for p in parameters] for side in sides.kept.values()]
+        others += [some for memory in self.setup.options.remember.values() for some in memory.lists(len(parameters))]
+        rows = zip(*others) if others else [()] * len(parameters)
+        entries = [Entry(groups[p], p, sides.winner.get(p), losers.get(p), row) for p, row in zip(parameters, rows)]
+        self.report = report = self.measure(entries, sides.loser is not None or bool(others), grad_scale)
         return entries, report
 
     def measure(
@@ -57,17 +62,41 @@ class Mixing:
         loss = torch.stack([x.to(losses[0]) for x in losses]).sum() if losses else None
         ws, ls = [entry.w for entry in entries], [entry.l for entry in entries]
         if paired and options.process_group is None and setup.once("idle"):
-            self._warn_of_idle([e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None])
+            idle = [e.p for e in entries if e.p.requires_grad and e.w is None and e.l is None]
+            self._warn_of_idle(idle)
         expected = (sides.winner is not None, sides.loser is not None)
-        rows = setup.compiled(fused_forms.rows, ws, ls) if rows is None and paired else rows
-        tensors = gram(ws, ls, options.process_group, loss, entries[0].p.device, expected, rows)
+        further = list(zip(*(entry.others for entry in entries)))
+        rows = setup.compiled(fused_forms.rows, ws, ls) if rows is None and paired and not further else rows
+        tensors = gram(ws, ls, options.process_group, loss, entries[0].p.device, expected, rows, further)
         tensors = tensors._replace(parameters=tuple(entry.p for entry in entries))
         sides.measured = blocks = tensors.pooled(setup.block_sizes())
+        if further:
+            return self._respecting(tensors, blocks)
         # Without a loser there is nothing to weigh against, whatever the rule.
         a, b = options.rule(blocks) if paired else (torch.ones_like(blocks.ww), torch.zeros_like(blocks.ww))
         report = self._report(tensors, blocks, a, b)
         if paired and options.metric == "optimizer" and report.norm.isfinite():
             report = self._in_own_metric(entries, tensors, report, grad_scale)
+        return report
+
+    def _respecting(self, tensors: Gram, blocks: Gram) -> StepReport:
+        """The report of the nearest step that respects the loser and all that is preserved."""
+        named = [("loser", -1), *((name, 1) for name in self.sides.kept)]
+        for name, memory in self.setup.options.remember.items():
+            sign = (-1 if name == "loser" else 1) if memory.sign is None else memory.sign
+            count = len(memory.lists(0))
+            named += [(f"{name} remembered" if count == 1 else f"{name} {k}", sign) for k in range(count)]
+        names, signs = zip(*named)
+        assert blocks.every is not None and tensors.every is not None
+        grams = Grams(blocks.every, signs, blocks.noise)
+        c = nearest(grams)
+        report = self._report(tensors, blocks, c[:, 0], c[:, 1])
+        report.joint = Joint(names, c, grams)
+        report.norm = report.joint.norms([len(c)])[0]
+        sizes = self.setup.group_sizes()
+        if report.group_norms is not None:
+            whole = c[blocks_of(self.setup.block_sizes())]
+            report.group_norms = Joint(names, whole, grams._replace(products=tensors.every)).norms(sizes)
         return report
 
     def _report(self, tensors: Gram, blocks: Gram, a: Tensor, b: Tensor) -> StepReport:
@@ -110,19 +139,33 @@ class Mixing:
         a, b = setup.coefficients(report)
         if clip:
             a, b = a * setup.clips(report), b * setup.clips(report)
-        alone = [e if e.w is not None or e.l is None else e._replace(w=torch.zeros_like(e.p)) for e in entries]
+        alone = [e if e.w is not None or _nothing(e) else e._replace(w=torch.zeros_like(e.p)) for e in entries]
         present = [(k, e) for k, e in enumerate(alone) if e.w is not None]
         places = [k for k, _ in present]
-        if not setup.compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
+        if report.joint is not None:
+            self._mix_jointly(present, a, b, setup.further(report) * (setup.clips(report)[:, None] if clip else 1.0))
+        elif not setup.compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
             cancels = a.device.type != "cpu" or report.blocks.cancels(report.a, report.b)
             mix_all([e.w for _, e in present if e.w is not None], [e.l for _, e in present], a[places], b[places], cancels)
         for _, e in present:
             e.p.grad = e.w
-        again = sides.loser is not None and (setup.options.measure_change or setup.options.metric == "optimizer")
+        if setup.options.remember and bool(report.norm.isfinite()):
+            for name, memory in setup.options.remember.items():
+                side = sides.loser if name == "loser" else sides.kept.get(name)
+                if side is not None:
+                    memory.update(setup.parameters(), side)
+        again = setup.options.measure_change or setup.options.metric == "optimizer"
+        again = again and (sides.loser is not None or report.joint is not None)
         measured = sides.measured
         sides.forget()
         sides.measured = measured
         sides.mixture = Mixture([*entries] if again else [], report, grad_scale, torch.ones_like(report.norm))
+
+    def _mix_jointly(self, present: list[tuple[int, Entry]], a: Tensor, b: Tensor, c: Tensor) -> None:
+        whole = torch.cat([a[:, None], b[:, None], c], 1)
+        for k, e in present:
+            assert e.w is not None
+            mix_many_(e.w, [e.l, *e.others], whole[k])
 
     @torch.no_grad()
     def step_fused(self, entries: list[Entry], report: StepReport) -> bool:
@@ -133,6 +176,8 @@ class Mixing:
         why = fused_forms.refused(setup.base) or _after.foreign_hooks(setup.base)
         if options.metric == "optimizer":
             why = "metric='optimizer' needs the gradient that the base gets, which a fused step does not write"
+        if report.joint is not None or options.remember:
+            why = "what is preserved or remembered takes part in the mixture, which has no fused form"
         if why:
             setup.tell_unfused(why)
             return False
@@ -170,3 +215,8 @@ class Mixing:
             report.norm, report.group_norms = present.norm, present.group_norms
         self.report = report
         return report
+
+
+def _nothing(entry: Entry) -> bool:
+    """Whether no side but the winner's has a gradient of a parameter."""
+    return entry.l is None and all(g is None for g in entry.others)

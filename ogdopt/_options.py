@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ogdopt import metric as own_metric
 from ogdopt import projection, stored
 from ogdopt.errors import warn
+from ogdopt.memory import Memory, Remembered, Subspace
 from ogdopt.projection import Rule, Scope
 from ogdopt.stored import SetAside
 from ogdopt.wrapper import Several
@@ -41,6 +42,7 @@ class Options:
     fused: bool = False
     process_group: dist.ProcessGroup | None = None
     model: nn.Module | None = None
+    remember: Mapping[str, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", _rule(self.rule))
@@ -58,6 +60,36 @@ class Options:
             )
         if self.metric == "optimizer":
             self._check_metric()
+        self._check_memories()
+
+    def _check_memories(self) -> None:
+        for side, memory in self.remember.items():
+            if not isinstance(memory, (Remembered, Subspace)):
+                raise TypeError(f"remember[{side!r}] is a {type(memory).__name__}; expected a Remembered or a Subspace")
+            if side in ("winner", "") or (side == "loser" and isinstance(memory, Subspace)):
+                raise ValueError(
+                    f"remember has {side!r}; expected 'loser' or the name of what is preserved (Subspace: any other)"
+                )
+        if self.remember:
+            self.check_kept("remember=")
+
+    def check_kept(self, asked: str = "preserve=") -> None:
+        """Raise ValueError where these options cannot respect more than a winner and a loser."""
+        if self.rule is not projection.orthogonal:
+            raise ValueError(
+                f"{asked} asks for the nearest step that respects several gradients, and the rule is {name(self.rule)}; "
+                "expected projection.orthogonal (ProjectedGradient)"
+            )
+        if self.metric == "optimizer":
+            raise ValueError(
+                f"metric='optimizer' keeps its promise about a winner and a loser, for no base about what {asked} adds; use "
+                "metric='euclidean', which for SGD without momentum and decay is the same"
+            )
+        if self.set_aside == "recompute":
+            raise ValueError(
+                f"set_aside='recompute' adds the winner's gradient to the loser's alone, and {asked} asks for more; use "
+                "'int8' or torch.bfloat16"
+            )
 
     def _check_metric(self) -> None:
         if self.rule is not projection.orthogonal:
@@ -105,10 +137,11 @@ class Options:
 
     def __repr__(self) -> str:
         shown = [f"rule={name(self.rule)}", f"max_norm={self.max_norm}", f"scope={self.scope!r}"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("metric", "set_aside", "on_nonfinite", "measure_change", "fused") and value != field.default:
-                shown.append(f"{field.name}={value!r}")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("metric", "set_aside", "on_nonfinite", "measure_change", "fused") and value != one.default:
+                shown.append(f"{one.name}={value!r}")
+        shown += [f"remember={sorted(self.remember)}"] if self.remember else []
         return ", ".join(shown)
 
 

@@ -49,6 +49,11 @@ class Setup:
         places = blocks_of(self.block_sizes())
         return report.a[places], report.b[places]
 
+    def further(self, report: StepReport) -> Tensor:
+        """The coefficients of what is preserved for each tensor, (P, K) float64."""
+        assert report.joint is not None
+        return report.joint.coefficients[blocks_of(self.block_sizes())][:, 2:]
+
     def clips(self, report: StepReport) -> Tensor:
         """What clipping multiplies each tensor by, (P,) float64."""
         scale, sizes = report.scale, self.group_sizes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from ogdopt.report import StepReport
 from ogdopt.stored import Stored
 
 Closure: TypeAlias = Callable[[], "Tensor | float | None"]
-Side: TypeAlias = Literal["winner", "loser"]
+Side: TypeAlias = str
+"""winner, loser, or the name of what is preserved."""
 
 ONE_GRAPH = (
     "the {side}'s backward pass ran through a graph that the other side's had freed: both losses hang on one forward pass. "
@@ -58,6 +59,7 @@ class Sides:
         """Let go of everything that waits; `p.grad` is left as it is."""
         self.winner: dict[Tensor, Tensor] | None = None
         self.loser: dict[Tensor, Any] | None = None
+        self.kept: dict[str, dict[Tensor, Any]] = {}
         self.losses: dict[str, Tensor] = {}
         self.active: Side | None = None
         self.mixture: Mixture | None = None
@@ -80,7 +82,12 @@ class Sides:
     @property
     def waiting(self) -> bool:
         """Whether a side has been collected, or is being so."""
-        return self.winner is not None or self.loser is not None or self.active is not None
+        return bool(self.active or self._all())
+
+    def _all(self) -> dict[str, dict[Tensor, Any]]:
+        """The gradients of every side that has been collected."""
+        pair = {"winner": self.winner, "loser": self.loser}
+        return {side: found for side, found in pair.items() if found is not None} | self.kept
 
     # ---- contexts --------------------------------------------------------------------------------------------------------
 
@@ -90,8 +97,8 @@ class Sides:
         if self.active:
             raise GradientError(f"{side}() was entered inside {self.active}(); close the one before opening the other")
         self.clear_foreign()
-        held = (self.winner if side == "winner" else self.loser) or {}
-        packing = side == "loser" and self.setup.options.set_aside not in (None, "recompute")
+        held = self._all().get(side, {})
+        packing = side != "winner" and self.setup.options.set_aside not in (None, "recompute")
         self._packed = dict(held) if packing else {}
         for p, g in held.items():
             p.grad = None if packing else g
@@ -100,7 +107,9 @@ class Sides:
         try:
             yield
             taken = self._take(side, packing)
-            self._refuse_aliases(side, taken, (self.loser if side == "winner" else self.winner) or {})
+            for other, theirs in self._all().items():
+                if other != side:
+                    self._refuse_aliases(side, taken, theirs)
         except BaseException as error:
             self.abandon()
             raise_one_graph(side, error)
@@ -111,8 +120,10 @@ class Sides:
             self._packed = {}
         if side == "winner":
             self.winner = taken
-        else:
+        elif side == "loser":
             self.loser = taken
+        else:
+            self.kept[side] = taken
         self.active = None
         if not self.running:
             self._show()
@@ -172,7 +183,7 @@ class Sides:
         assert p.grad is not None
         packed, g = self._packed, settled(p.grad, p)
         if p in packed:
-            self._refuse_aliases("loser", {p: g}, packed, "an earlier backward pass of it")
+            self._refuse_aliases(self.active or "loser", {p: g}, packed, "an earlier backward pass of it")
             one = torch.ones((), dtype=torch.float64, device=local(g).device)
             mix_(g, packed[p], one, one)
         packed[p] = Stored(g, self.setup.options.set_aside, packed.get(p))
@@ -210,7 +221,7 @@ class Sides:
     def _refuse_aliases(
         self, side: Side, taken: dict[Tensor, Any], other: dict[Tensor, Any], whose: str = "the other side"
     ) -> None:
-        shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items()) if other else 0
+        shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items())
         if shared:
             raise GradientError(
                 f"the {side}'s pass wrote the gradients of {shared} parameters over those of {whose}: the two share "
@@ -281,7 +292,7 @@ class Sides:
 
     def _gradients(self) -> list[tuple[Any, int]]:
         """Every gradient that is there, with its version; held on to, so that no later one takes its address."""
-        waiting = [g for side in (self.winner, self.loser) for g in (side or {}).values()]
+        waiting = [g for side in self._all().values() for g in side.values()]
         present = [p.grad for p in self.setup.parameters() if p.grad is not None]
         return [(g, _version(g)) for g in (*waiting, *present)]
 
@@ -298,7 +309,7 @@ class Sides:
         if code and blocks is not None and blocks.ranks is not None:
             self.abandon()
             numbers = [tuple(f"{x:.6g}" for x in row) for row in blocks.ranks[:4, :3].tolist()]
-            why = NO_GRADIENT if code in (1, 2) else f"The first ranks' |g_w|^2, <g_w, g_l>, |g_l|^2: {numbers}"
+            why = NO_GRADIENT if code in (1, 2, 5) else f"The first ranks' |g_w|^2, <g_w, g_l>, |g_l|^2: {numbers}"
             raise GradientError(f"{FAULTS[code]}. {why}")
 
 

@@ -29,6 +29,7 @@ FAULTS = {
     "process_group=dist.new_subgroups(group_size=1)[0])",
     4: "process_group= says that each rank holds a shard of its own, but the ranks hold equal gradients: these are whole "
     "copies (DDP, FSDP1 with NO_SHARD), which would be counted once a rank. Leave process_group= out",
+    5: "a pass over what is to be preserved left no gradient on any rank",
 }
 """What ranks find out together about their gradients, and the remedy."""
 
@@ -174,7 +175,7 @@ def _reduce(parts: list[Tensor], meshes: Sequence[Any], process_group: dist.Proc
     return [piece.view_as(x) for piece, x in zip(pieces, parts)]
 
 
-def fault_of(table: Tensor, shards: bool, expected: tuple[bool, bool]) -> Tensor:
+def fault_of(table: Tensor, shards: bool, expected: tuple[bool, bool], further: int = 0) -> Tensor:
     """Which of FAULTS what the ranks put in amounts to, shape (); numbers that are not finite are another matter."""
     low, high = table.amin(0), table.amax(0)
     spread, (ww, _, ll) = high - low, high[:3]
@@ -183,8 +184,11 @@ def fault_of(table: Tensor, shards: bool, expected: tuple[bool, bool]) -> Tensor
     else:
         scale = torch.stack([ww, ww.sqrt() * ll.sqrt(), ll])
         wrong = (spread[:3] > high[5] * scale).any()
+        if further:
+            squares = slice(6 + further, None)
+            wrong = wrong | (spread[squares] > high[5] * high[squares]).any()
     fault = torch.where(wrong & table[:, :3].isfinite().all(), 4.0 if shards else 3.0, 0.0)
     for code, side in ((2, 1), (1, 0)):
         if expected[side]:
             fault = torch.where(high[3 + side] == 0, float(code), fault)
-    return fault
+    return torch.where((high[6 : 6 + further] == 0).any(), 5.0, fault) if further else fault

@@ -242,7 +242,7 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
         return True
     wholes: list[Any] = []
     counts = []
-    for group, parameter, w, l in moved:
+    for group, parameter, w, l, _ in moved:
         kept = base.state.get(parameter, {})
         states = [kept.get(key) for key in form.states(group)]
         if any(not isinstance(value, Tensor) for value in states):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ogdopt.distributed import fault_of, local, settled, shared, together
+from ogdopt.passes import matrices
 from ogdopt.passes import rows as products_of_all
 from ogdopt.rounding import energies
 
@@ -45,6 +46,10 @@ class Gram(NamedTuple):
     """What each rank put in for `fault`, (ranks, 6): ww, wl, ll, winner's gradients, loser's gradients, tolerance."""
     parameters: tuple[Tensor, ...] | None = None
     """The parameter of each entry, where every entry is a tensor and it is known whose."""
+    every: Tensor | None = None
+    """All products of the winner's, the loser's and further gradients, (B, n, n); None without further ones."""
+    noise: Tensor | None = None
+    """The energies of their roundings, (B, n)."""
 
     @property
     def cosine(self) -> Tensor:
@@ -69,7 +74,10 @@ class Gram(NamedTuple):
             block = torch.tensor(blocks_of(sizes), device="cpu").to(ww.device, non_blocking=True)
             weighted = parallel * (ratio(self.ww, ww[block]) + ratio(self.ll, ll[block])) / 2
             parallel = torch.stack([part.sum() for part in weighted.split(sizes)])
-        return Gram(ww, wl, ll, parallel, self.fault, self.ranks)
+        every, noise = (
+            None if x is None else torch.stack([part.sum(0) for part in x.split(sizes)]) for x in (self.every, self.noise)
+        )
+        return Gram(ww, wl, ll, parallel, self.fault, self.ranks, every=every, noise=noise)
 
     def cancels(self, a: Tensor, b: Tensor) -> bool:
         """Whether in some block less than a tenth of `a g_w` is left in `a g_w + b g_l`; asks the device."""
@@ -95,6 +103,7 @@ def gram(
     device: torch.device | None = None,
     expected: tuple[bool, bool] = (False, False),
     rows: Sequence[Tensor] | Tensor | None = None,
+    further: Sequence[Sequence[Any]] = (),
 ) -> Gram:
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
@@ -105,19 +114,24 @@ def gram(
     too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a
     side that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
     `rows` are `products` that were taken before; beside a sequence of them the winner's list only says which gradients there
-    are and how they lie.
+    are and how they lie. `further` are more lists of gradients, whose products with all others are in `every`.
 
     Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
     whole group.
     """
-    present = [g for pair in zip(winner, loser) for g in pair if g is not None]
+    present = [g for some in (winner, loser, *further) for g in some if g is not None]
     several = together(process_group)
     if not present and not several:
         raise ValueError("gram() found no gradient in either list; run backward before asking for inner products")
     if present:
         device = local(present[0]).device
     device = torch.device("cpu") if device is None else device
-    if rows is None:
+    more: list[Tensor] = []
+    if further:
+        every = matrices([winner, loser, *further], device)
+        numbers = every[:, [0, 0, 1], [0, 1, 1]]
+        more = [every.flatten(1), *(energies(gs, every[:, k, k])[:, None] for k, gs in enumerate(further, 2))]
+    elif rows is None:
         numbers = products_of_all(winner, loser, device)
     else:
         numbers = rows.to(device) if isinstance(rows, Tensor) else torch.stack([row.to(device) for row in rows])
@@ -125,29 +139,40 @@ def gram(
     rounding = [energies(winner, numbers[:, 0], look=not gone), energies(loser, numbers[:, 2])]
     if loss is not None:
         numbers[0, 0] += 0.0 * loss.to(numbers)  # 0 * inf is NaN
-    numbers = torch.cat([numbers, torch.stack(rounding, 1)], 1)
+    numbers = torch.cat([numbers, torch.stack(rounding, 1), *more], 1)
     if not several:
-        return _gram(numbers)
-    who = shared([w if w is not None else l for w, l in zip(winner, loser)], process_group)
+        return _gram(numbers, len(further))
+    some = [next((g for g in gs if g is not None), None) for gs in zip(winner, loser, *further)]
+    who = shared(some, process_group)
     copies = torch.tensor(who.copies, device="cpu")
     # What must agree between ranks (copies), or must not: shards, each weighed by its place, so that equal shards of two
     # tensors are no copies. Constants are sent without waiting for the device.
     weight = torch.arange(1, len(copies) + 1, device="cpu") if who.shards else copies == who.count
     tolerance = max((AGREEMENT.get(g.dtype.to_real(), 1e-3) for g in present), default=1e-6)
     about = [sum(g is not None for g in winner), sum(g is not None for g in loser), tolerance]
-    marks = torch.tensor(about, dtype=torch.float64, device="cpu")
-    mine = torch.cat([weight.to(numbers, non_blocking=True) @ numbers[:, :3], marks.to(numbers, non_blocking=True)])
+    about += [sum(g is not None for g in gs) for gs in further]
+    marks = torch.tensor(about, dtype=torch.float64, device="cpu").to(numbers, non_blocking=True)
+    weighed = weight.to(numbers, non_blocking=True) @ numbers
+    squares = [weighed[5 + (k + 2) * (len(further) + 3)][None] for k in range(len(further))]  # the diagonal of `every`
+    mine = torch.cat([weighed[:3], marks, *squares])
     table = mine.new_zeros(who.count, len(mine))
     table[dist.get_rank(process_group)] = mine
     numbers, table = who.reduce([numbers / copies.to(numbers, non_blocking=True)[:, None], table])
-    fault = fault_of(table, who.shards, expected)
-    return _gram(torch.where(fault > 0, torch.nan, numbers))._replace(fault=fault, ranks=table)
+    fault = fault_of(table, who.shards, expected, len(further))
+    return _gram(torch.where(fault > 0, torch.nan, numbers), len(further))._replace(fault=fault, ranks=table)
 
 
-def _gram(numbers: Tensor) -> Gram:
-    """Gram numbers from rows of ww, wl, ll and the energies of both gradients' rounding."""
-    ww, wl, ll, of_winner, of_loser = numbers.unbind(1)
-    return Gram(ww, wl, ll, ratio(of_winner, ww) + ratio(of_loser, ll))
+def _gram(numbers: Tensor, further: int = 0) -> Gram:
+    """Gram numbers from rows of ww, wl, ll, the energies of both gradients' rounding, and the same of further gradients."""
+    ww, wl, ll, of_winner, of_loser = numbers[:, :5].unbind(1)
+    found = Gram(ww, wl, ll, ratio(of_winner, ww) + ratio(of_loser, ll))
+    if not further:
+        return found
+    n = further + 2
+    every, noise = numbers[:, 5:].split([n * n, further], 1)
+    # The loss is in ww alone.
+    every = torch.cat([ww[:, None], every[:, 1:]], 1).view(-1, n, n)
+    return found._replace(every=every, noise=torch.cat([numbers[:, 3:5], noise], 1))
 
 
 def gradients(closure: Value, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor | None]]:

@@ -7,7 +7,7 @@ a norm that those numbers already hold, and handed to the base optimizer as `p.g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ogdopt._recompute import Recompute
 from ogdopt._setup import Setup
 from ogdopt._sides import Closure, Side, Sides
 from ogdopt.errors import GradientError, NonFiniteGradient, warn
+from ogdopt.memory import Memories, Memory
 from ogdopt.projection import Rule, Scope, orthogonal
 from ogdopt.report import StepReport
 from ogdopt.stored import SetAside
@@ -84,6 +85,9 @@ class PairedGradient(Wrapper):
     of one. `model`, if given, is looked into when a side closes, for DDP's and FSDP1's no_sync() (FSDP2 is asked
     without it), and names parameters in warnings.
 
+    `remember` maps "loser", or the name of something that is preserved, to what is remembered of its gradients from step to
+    step (`ogdopt.memory`). The step respects that too: `{"loser": Remembered(0.95), "facts": Remembered(form="int8")}`.
+
     Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
     Options may be set later as attributes; each is checked as here.
 
@@ -101,6 +105,7 @@ class PairedGradient(Wrapper):
     fused: Option[bool] = Option("Whether passes over memory are compiled.")
     process_group: Option[dist.ProcessGroup | None] = Option("The ranks that hold plain local shards.")
     model: Option[nn.Module | None] = Option("The module that is asked about no_sync() and for names.")
+    remember: Option[Mapping[str, Memory]] = Option("What is remembered of earlier steps, by side.")
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class PairedGradient(Wrapper):
         fused: bool = False,
         process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
+        remember: Mapping[str, Memory] | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(unknown, type(self))
@@ -131,6 +137,7 @@ class PairedGradient(Wrapper):
             fused=fused,
             process_group=process_group,
             model=model,
+            remember=dict(remember or {}),
         )
         options.check(one)
         self._parts = _Parts(one, options)
@@ -164,6 +171,17 @@ class PairedGradient(Wrapper):
         """Context in which backward passes count as the loser's. Left out, the winner's gradient is used as it is."""
         return self._collect("loser")
 
+    def preserve(self, name: str = "preserve") -> AbstractContextManager[None]:
+        """Context in which backward passes count as those of something whose loss the step must not raise.
+
+        Several names are several promises, each kept to first order: the step is the nearest to the winner's gradient that
+        respects the loser and all of them (`ogdopt.cone`). At most seven. `set_aside` is how these gradients wait, too.
+        """
+        if name in ("winner", "loser") or not name:
+            raise ValueError(f"what is preserved is called {name!r}; expected a name of its own, such as 'facts'")
+        self.options.check_kept()
+        return self._collect(name)
+
     def _collect(self, side: Side) -> AbstractContextManager[None]:
         self._parts.setup.once("plain")  # who uses contexts knows the two ways
         return self._parts.sides.collect(side)
@@ -188,6 +206,7 @@ class PairedGradient(Wrapper):
         winner: Closure | Sequence[Closure] | None = None,
         loser: Closure | None = None,
         *,
+        preserve: Closure | Mapping[str, Closure] | None = None,
         closure: Closure | Sequence[Closure] | None = None,
     ) -> StepReport:
         """Mix the two gradients, clip, step the base, clear; the report says what happened.
@@ -195,13 +214,13 @@ class PairedGradient(Wrapper):
         `step(winner, loser)` or `step((winner, loser))` runs the closures itself, the loser first. A closure returns a loss
         (backward is called for it), or runs backward itself. `step(winner)` alone is a plain clipped step. `step()` uses
         what the contexts or `project()` left, or plain `p.grad`, which then stays in place as with any optimizer. `closure` is
-        torch's name for the first.
+        torch's name for the first. `preserve` is one more closure, or several by name, of losses that the step must not raise.
 
         Raises GradientError if a closure leaves no gradient, TypeError for what is no closure, NonFiniteGradient if
         `on_nonfinite="raise"`.
         """
         first, second = _closures(winner, loser, closure)
-        twice = self._run(first, second)
+        twice = self._run(first, second, _named(preserve))
         setup, sides, mixing = self._parts.setup, self._parts.sides, self._parts.mixing
         ours = sides.waiting or sides.mixture is not None
         entries = []
@@ -226,17 +245,22 @@ class PairedGradient(Wrapper):
             self.zero_grad()
         return report
 
-    def _run(self, winner: Closure | None, loser: Closure | None) -> Closure | None:
+    def _run(self, winner: Closure | None, loser: Closure | None, kept: Mapping[str, Closure]) -> Closure | None:
         """Run the closures; the winner's is given back where it must run twice."""
         sides, setup = self._parts.sides, self._parts.setup
         plain = not sides.waiting and sides.mixture is None and any(p.grad is not None for p in setup.parameters())
-        if winner is not None and loser is not None:
+        if kept and winner is None:
+            raise TypeError("step() got preserve= but no winner; expected step(winner, loser, preserve=...)")
+        if kept:
+            setup.options.check_kept()
+        if winner is not None and (loser is not None or kept):
             setup.once("plain")
             if sides.waiting:
                 raise GradientError(
                     "step() got closures while a context's gradient is waiting; use one way or the other in a step"
                 )
-            sides.run("loser", loser)
+            for side, run in (*([("loser", loser)] if loser is not None else []), *kept.items()):
+                sides.run(side, run)
             if setup.options.set_aside == "recompute":
                 return winner
             sides.run("winner", winner)
@@ -281,6 +305,11 @@ class PairedGradient(Wrapper):
     def counters(self) -> Counters:
         """`skipped_steps` as a part of a checkpoint: `dcp.save({"model": ..., "optim": ..., "ogdopt": opt.counters})`."""
         return Counters(self._parts)
+
+    @property
+    def memories(self) -> Memories:
+        """What `remember` has gathered, as a part of a checkpoint: `dcp.save({..., "memories": opt.memories})`."""
+        return Memories(self.options.remember, self._parts.setup.parameters)
 
     @property
     def report(self) -> StepReport | None:
@@ -351,6 +380,7 @@ class ProjectedGradient(PairedGradient):
         fused: bool = False,
         process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
+        remember: Mapping[str, Memory] | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(unknown, type(self))
@@ -366,7 +396,23 @@ class ProjectedGradient(PairedGradient):
             fused=fused,
             process_group=process_group,
             model=model,
+            remember=remember,
         )
+
+
+def _named(preserve: Closure | Mapping[str, Closure] | None) -> dict[str, Closure]:
+    """What is preserved, by name; raises TypeError for what is no closure."""
+    if preserve is None:
+        return {}
+    named = dict(preserve) if isinstance(preserve, Mapping) else {"preserve": preserve}
+    for name, given in named.items():
+        if not callable(given):
+            raise TypeError(
+                f"step() got a {type(given).__name__} to preserve as {name!r}; expected a function that computes a loss"
+            )
+        if name in ("winner", "loser", ""):
+            raise ValueError(f"what is preserved is called {name!r}; expected a name of its own, such as 'facts'")
+    return named
 
 
 def _closures(

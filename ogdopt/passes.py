@@ -134,6 +134,25 @@ def rows(ws: Sequence[Any], ls: Sequence[Any], device: torch.device) -> Tensor:
     return torch.empty_like(numbers).index_copy_(0, torch.tensor(places, device="cpu").to(device), numbers)
 
 
+def matrices(lists: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
+    """All inner products of n lists of gradients, tensor by tensor: (P, n, n) float64 on `device`; None counts as zeros."""
+    count = len(lists)
+    found = []
+    for gs in zip(*lists):
+        places = [i for i, g in enumerate(gs) if g is not None]
+        total = torch.zeros(count, count, dtype=torch.float64, device=device)
+        if places:
+            rows = [local(gs[i]) for i in places]
+            part = torch.zeros(len(places), len(places), dtype=torch.float64, device=rows[0].device)
+            for pieces in _scratch(*rows):
+                x = torch.stack(pieces)
+                part += x @ x.T
+            where = torch.tensor(places, device="cpu").to(device, non_blocking=True)
+            total[where[:, None], where] = part.to(device)
+        found.append(total)
+    return torch.stack(found)
+
+
 def _products_of_rows(x: Tensor | None, y: Tensor | None) -> Tensor:
     some = x if x is not None else y
     assert some is not None
@@ -206,6 +225,17 @@ def mix_all(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor, cance
             z.addcmul_(_stack(ls, some), b[picked].to(first.device)[:, None])
         parts = list(z.to(first.dtype).view(len(some), *first.shape))
         torch._foreach_copy_([ws[i] for i in some], parts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def mix_many_(winner: Tensor, others: Sequence[Any], coefficients: Tensor) -> None:
+    """`winner <- c_0 winner + sum_j c_j others_j` in place, in float64 chunk by chunk, rounded once; None counts as zeros."""
+    there = [k for k, g in enumerate(others) if g is not None]
+    c = coefficients.to(local(winner).device)
+    for x, *ys in chunks(local(winner), *(local(others[k]) for k in there)):
+        z = x.to(torch.float64, copy=True).mul_(c[0])
+        for k, y in zip(there, ys):
+            z.addcmul_(y.to(z), c[k + 1])
+        x.copy_(z)
 
 
 def _known(coefficients: Tensor) -> Any:

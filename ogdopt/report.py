@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ogdopt.cone import Grams
 from ogdopt.gram import Gram, ratio
 
 
@@ -17,6 +18,30 @@ class Totals(NamedTuple):
     ww: float
     wl: float
     ll: float
+
+
+class Joint(NamedTuple):
+    """How a step respected several gradients."""
+
+    names: tuple[str, ...]
+    """Of the gradients beside the winner's: the loser, then what is preserved."""
+    coefficients: Tensor
+    """(B, K + 1), the winner's first."""
+    grams: Grams
+    """The products that decided."""
+
+    def norms(self, sizes: Sequence[int]) -> Tensor:
+        """L2 norm of the mixture in groups of `sizes` consecutive blocks."""
+        # Of unit vectors, since products of coefficients leave the range where gradients differ in scale by 1e154.
+        weights = self.coefficients * self.grams.norms
+        squares = (weights[:, None] @ self.grams.cosines @ weights[:, :, None])[:, 0, 0]
+        return torch.stack([part.sum() for part in squares.split(list(sizes))]).clamp(min=0).sqrt()
+
+    def cosine(self, name: str) -> Tensor:
+        """Cosine of the winner's gradient and a named one over all blocks, shape ()."""
+        k = self.names.index(name) + 1
+        whole = Grams(self.grams.products.sum(0, keepdim=True), self.grams.signs)
+        return whole.cosines[0, 0, k]
 
 
 class StepReport:
@@ -41,6 +66,10 @@ class StepReport:
         """L2 norm of the mixture in each parameter group, where `max_norm` has a limit for each."""
         self.tensors = blocks
         """Gram numbers of each tensor, with its parameter, for `diagnostics.by_layer`."""
+        self.joint: Joint | None = None
+        """Names, coefficients and products where something is preserved; `coefficients` has the winner's and loser's alone."""
+        self.changes: dict[str, Tensor] = {}
+        """<delta, g> for what is preserved, by name, with `measure_change=True`; at most 0 to first order under plain SGD."""
         self.passes = 0
         """Further passes over the gradients that `metric="optimizer"` took."""
         self.inexact = False
@@ -155,6 +184,13 @@ class StepReport:
             dw, dl, dd = self.change
             figures["ogd/update_cosine_chosen"] = ratio(dw, dd.sqrt() * ww.sqrt())
             figures["ogd/update_cosine_rejected"] = ratio(dl, dd.sqrt() * ll.sqrt())
+        for k, name in enumerate(self.joint.names[1:] if self.joint is not None else (), 2):
+            assert self.joint is not None
+            figures[f"ogd/cosine/{name}"] = self.joint.cosine(name)
+            if len(self.b) == 1:
+                figures[f"ogd/coefficient/{name}"] = self.joint.coefficients[0, k]
+            if name in self.losses:
+                figures[f"loss/{name}"] = self.losses[name]
         values = torch.stack([x.detach().to(self.norm) for x in figures.values()]).tolist()
         found = dict(zip(figures, values)) | {"skipped": float(self.skipped)}
         return found | ({"ogd/passes": float(self.passes)} if self.passes else {})

@@ -146,7 +146,7 @@ WAYS = [
     for option in OPTIONS
     if option != "recompute" or layout in ("fsdp2", "hsdp")
 ]
-ROUNDED = {"bfloat16": (1e-3, 5e-6), "int8": (5e-3, 2e-5)}
+ROUNDED = {"bfloat16": (1e-3, 5e-6), "int8": (5e-3, 2e-5), "preserve_int8": (5e-3, 2e-5)}
 """Of a packed loser: tolerance of the numbers, and of parameters that moved by up to 1e-3; shards round at other borders."""
 
 
@@ -159,13 +159,6 @@ def test_every_way_of_stepping_is_the_same_on_many_ranks(world, ranks, layout, o
 def test_in_the_optimizers_metric_every_step_keeps_its_promise_on_many_ranks(world, option):
     cosines = [n["cosines"] for layout in ("fsdp2", "ddp", "fsdp1") for n in world(2, f"{layout}_{option}")[0]["numbers"]]
     assert len(cosines) == 30 and all(winner < 0 and loser > -1e-5 for winner, loser in cosines)
-
-
-@pytest.mark.parametrize("case", ["fsdp2_zero", "fsdp2_opposed", "ddp_zero", "fsdp1_tiny"])
-def test_old_momentum_costs_winners_nothing_where_losers_have_no_say_on_many_ranks(world, case):
-    """A loser's gradient of zero, or against the winner's, after steps the other way."""
-    results = world(2, f"turned_{case}")
-    assert results[0] == results[1] and results[0][0] < 0 <= results[0][1]
 
 
 @pytest.mark.parametrize("kind", MAX_NORM)

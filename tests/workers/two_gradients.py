@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from ogdopt import GradientError, ProjectedGradient
+from ogdopt.memory import Remembered
 from tests import limits
 
 STEPS = 10
@@ -53,6 +54,9 @@ OPTIONS = {
     "cpu": {"set_aside": "cpu"},
     "recompute": {"set_aside": "recompute"},
     "fused": {"fused": True},
+    "preserve": {"kept": True},
+    "preserve_int8": {"kept": True, "set_aside": "int8"},
+    "remember": {"kept": True, "decay": 0.9},
 }
 """Ways of stepping that are tried in several layouts."""
 
@@ -198,10 +202,22 @@ class Leeway:
         return torch.maximum((s(u + d) - s(u)).abs(), (s(u - d) - s(u)).abs()) + before
 
 
-def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, base=torch.optim.RMSprop, **options):
+def train(
+    kind,
+    model=None,
+    mine=slice(None),
+    micro=1,
+    steps=STEPS,
+    spoil=None,
+    base=torch.optim.RMSprop,
+    kept=False,
+    decay=None,
+    **options,
+):
     """The numbers of every step and the parameters at the end, of ten RMSprop steps that sometimes clip."""
     model = build(kind) if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
+    options |= {} if decay is None else {"remember": {"loser": Remembered(decay), "kept": Remembered(decay)}}
     opt = ProjectedGradient(base(parameters, lr=LEARNING_RATE[kind], foreach=False), max_norm=MAX_NORM[kind], **options)
     numbers, slack, leeway = [], [], Leeway(kind, model, opt)
     for k, pair in enumerate(data(kind, steps)):
@@ -216,7 +232,10 @@ def train(kind, model=None, mine=slice(None), micro=1, steps=STEPS, spoil=None, 
                         loss.backward()
             return loss if micro == 1 else loss.detach()
 
-        r = opt.step(lambda: side(0), lambda: side(1))
+        other = data(kind, steps)[steps - 1 - k]
+        r = opt.step(
+            lambda: side(0), lambda: side(1), preserve={"kept": partial(side, 0, pair=other)} if kept and k % 3 < 2 else None
+        )
         scalars = [] if r.skipped else [*r.gram, r.grad_norm]
         cosines = r.change_cosines or ()
         numbers.append({"skipped": r.skipped, "clipped": r.clipped, "scalars": scalars, "cosines": list(cosines)})
@@ -502,16 +521,6 @@ def elementless(**options):
     return found | {"plain": opt.step().grad_norm ** 2}
 
 
-def turned(model, mine, share_of_winner, **options):
-    """(<delta, g_w>, <delta, g_l>) of a step with momentum against it, and a loser that is so much of the winner."""
-    base = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    opt = ProjectedGradient(base, metric="optimizer", measure_change=True, **options)
-    for sign in (-1.0, -1.0, -1.0, 0.1):
-        winner, _ = closures("mistral", model, mine)
-        report = opt.step(lambda s=sign, f=winner: s * f(), lambda s=sign, f=winner: share_of_winner * s * f())
-    return report.loss_changes
-
-
 def barren(**options):
     """FSDP1 with a loser that reaches no parameter: every rank hears of it, and of which side."""
     model = fsdp1("toy", use_orig_params=True)
@@ -690,10 +699,6 @@ def pairs():
     others = {
         "separate_models_alone": lambda: separate(process_group=single),
         "fsdp1_elementless": lambda: elementless(**world()),
-        "turned_fsdp2_zero": lambda: turned(sharded("mistral"), share(), 0.0),
-        "turned_fsdp2_opposed": lambda: turned(sharded("mistral"), share(), -1.0),
-        "turned_ddp_zero": lambda: turned(ddp(), share(), 0.0, scope="tensor"),
-        "turned_fsdp1_tiny": lambda: turned(fsdp1(), share(), -1e-20, **world()),
         "spoiled_here_fsdp2": lambda: spoiled_here("toy", sharded("toy"), share(), lambda m: m.b.weight, torch.inf),
         "spoiled_here_ddp": lambda: spoiled_here("toy", ddp("toy", **unused), share(), lambda m: m.module.b.bias, torch.nan),
         "spoiled_here_tp": lambda: spoiled_here("block", tensor_parallel_block(), whole, lambda m: m.down.bias, torch.nan),
