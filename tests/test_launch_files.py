@@ -40,7 +40,7 @@ def test_two_machines_under_slurm_and_one_by_itself(tmp_path):
     environment = os.environ | {soak.MARK: tmp_path.name, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]", "PROCESSES": "1"}
     said = started("slurm.sh", options, environment | slurm | {"PORT": str(20000 + os.getpid() % 10000)})
-    assert said.count("SFT: step 2 of 2") == said.count("SFT on winners: step 2 of 2") == 1  # the second process is quiet
+    assert said.count("SFT: step 2 of 2") == said.count("SFT on chosen: step 2 of 2") == 1  # the second process is quiet
     saved = tmp_path / "study" / "seed-0" / "sft" / "checkpoint" / "step-00000002"
     assert {"__0_0.distcp", "__1_0.distcp"} <= {file.name for file in saved.iterdir()}  # two shared the model
     assert "step" not in started("node.sh", options, environment | {"PROCESSES": "2"})  # all is done already

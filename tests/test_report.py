@@ -34,7 +34,7 @@ RUNS = {  # name -> (method, beta, label, share forgotten each epoch, style rate
     "dpo_beta0.2": ("dpo", 0.2, "DPO β=0.2", 0.02, [0.30, 0.60, 0.80, 0.85, 0.85]),
     "dpo_beta0.05": ("dpo", 0.05, "DPO β=0.05", 0.05, [0.60, 0.90, 0.95, 0.95, 0.95]),
     "ogd": ("ogd", None, "OGD", 0.002, [0.40, 0.70, 0.90, 0.90, 0.90]),
-    "sft": ("sft", None, "winners only", 0.002, [0.50, 0.80, 0.95, 0.90, 0.90]),
+    "sft": ("sft", None, "chosen only", 0.002, [0.50, 0.80, 0.95, 0.90, 0.90]),
 }
 EPOCHS, STEPS, N, QUICK = 5, 20, 128, ReportConfig(samples=400)
 
@@ -244,7 +244,7 @@ def promised(tmp_path_factory):
     runs = {name: RUNS[name] for name in ("dpo_beta0.2", "ogd", "sft")}
     runs["ogd_metric"] = ("ogd_metric", None, "OGD (own metric)", 0.002, RUNS["ogd"][4])
     folder = write_study(tmp_path_factory.mktemp("runs") / "study", runs=runs)
-    logged = {  # (seed, run) -> cosines with the winners' gradient, with the losers', passes
+    logged = {  # (seed, run) -> cosines with the chosen's gradient, with the rejected's, passes
         (0, "ogd"): ([-0.2] * 9 + [0.0], [-0.1, -2e-5, -1e-5, -3e-6] + [0.3] * 6, None),
         (1, "ogd"): ([-0.3] * 10, [0.0] * 10, None),
         (0, "ogd_metric"): ([-0.2] * 10, [-2.13e-7] + [0.0] * 9, 8.0),
@@ -261,38 +261,41 @@ def promised(tmp_path_factory):
 
 
 def test_broken_promises_are_counted(promised):
-    """ogd: 2 of 10 and 0 of 10 steps helped losers, 1 of 10 and 0 of 10 did not help winners; −1e-5 itself is rounding."""
+    """ogd: 2 of 10 and 0 of 10 steps helped rejected, 1 of 10 and 0 of 10 did not help chosen; −1e-5 itself is rounding."""
     folder = promised.path.parent
     markdown = (folder / "report.md").read_text()
     ogd, metric = cells(markdown, PROMISE)
     assert (ogd["method"], metric["method"]) == ("OGD", "OGD (own metric)")
-    assert (ogd["steps"], ogd["helped losers"]) == ("10", "10.0% (0.0…20.0)")
-    assert ogd["did not help winners"] == "5.0% (0.0…10.0)"
-    assert (ogd["worst cosine, winners"], ogd["worst cosine, losers"], ogd["further passes"]) == ("0", "−0.1", "–")
-    assert (metric["steps"], metric["helped losers"], metric["did not help winners"]) == ("10", "0.0%", "0.0%")
-    assert (metric["worst cosine, winners"], metric["worst cosine, losers"]) == ("−0.2", "−2.1e−07")
+    assert (ogd["steps"], ogd["helped rejected"]) == ("10", "10.0% (0.0…20.0)")
+    assert ogd["did not help chosen"] == "5.0% (0.0…10.0)"
+    assert (ogd["worst cosine, chosen"], ogd["worst cosine, rejected"], ogd["further passes"]) == ("0", "−0.1", "–")
+    assert (metric["steps"], metric["helped rejected"], metric["did not help chosen"]) == ("10", "0.0%", "0.0%")
+    assert (metric["worst cosine, chosen"], metric["worst cosine, rejected"]) == ("−0.2", "−2.1e−07")
     assert metric["further passes"] == "9.0 (8.0…10.0)"
     best = {row["method"]: row for row in cells(markdown, BEST)}
     for row in (ogd, metric):
         assert (row["TAX"], row["style rate"]) == (best[row["method"]]["TAX"], best[row["method"]]["style rate"])
         assert row["reward margin"] == "+0.30"  # best epoch: 3
     results = json.loads((folder / "results.json").read_text())["runs"]
-    assert [p["losers_helped"] for p in results["ogd"]["promise"]] == [0.2, 0.0]
+    assert [p["rejected_helped"] for p in results["ogd"]["promise"]] == [0.2, 0.0]
     assert [p["passes"] for p in results["ogd_metric"]["promise"]] == [8.0, 10.0]
     assert results["sft"]["promise"] == []
 
 
 def test_promise_section_comes_with_words_and_a_figure(promised, finished):
-    (drawing,) = (d for d in promised.drawings if d.file.name == "update_against_losers.svg")
+    (drawing,) = (d for d in promised.drawings if d.file.name == "update_against_rejected.svg")
     for file in ("report.html", "report.md"):
         text = (promised.path.parent / file).read_text()
         assert (
-            PROMISE in text and drawing.title in text and "−1e−05 it helped losers" in text and "Look for shares of 0%" in text
+            PROMISE in text
+            and drawing.title in text
+            and "below −1e−05, it helped rejected" in text
+            and "Look for shares of 0%" in text
         )
         assert text.index(MATCHED) < text.index(PROMISE) < text.index("What it cost")
         # and where nothing was logged there is neither
         assert PROMISE not in (finished.path.parent / file).read_text()
-    assert "update_against_losers.svg" not in {d.file.name for d in finished.drawings}
+    assert "update_against_rejected.svg" not in {d.file.name for d in finished.drawings}
 
 
 def test_ogd_in_the_optimizers_metric_is_a_run_like_any_other(promised):
@@ -306,10 +309,10 @@ def test_ogd_in_the_optimizers_metric_is_a_run_like_any_other(promised):
 
 
 def test_headline_finds_the_truth_that_was_built_in(finished):
-    """DPO forgets 10 and more times what OGD and winners-only training forget, and these two are alike."""
+    """DPO forgets 10 and more times what OGD and training on chosen alone forget, and these two are alike."""
     text = " ".join(finished.headline)
     assert "OGD forgot less than every DPO run" in text
-    assert "winners only does as well as OGD, within noise" in text
+    assert "chosen only does as well as OGD, within noise" in text
     assert "asked by cloze" in text
     assert "One seed" not in text
 
@@ -323,7 +326,7 @@ def test_headline_says_when_ogd_does_not_win(tmp_path):
     study = read_study(write_study(tmp_path / "s", seeds=[0], runs=runs))
     text = " ".join(headline(measure(study, 300)))
     assert "OGD does not win: DPO forgot less" in text
-    assert "OGD does not win: winners only forgot less" in text
+    assert "OGD does not win: chosen only forgot less" in text
     assert "OGD lost more than" in text
     assert "One seed" in text
 

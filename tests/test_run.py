@@ -63,7 +63,7 @@ def study(tmp_path_factory):
 
 def test_a_study_ends_with_a_table_and_a_report(study):
     folder, out = study
-    assert "OGD" in out and "SFT on winners" in out and "DPO β=0.1" in out and str(folder / "report.html") in out
+    assert "OGD" in out and "SFT on chosen" in out and "DPO β=0.1" in out and str(folder / "report.html") in out
     assert "rows used (1,000 messages, 1,269 text)" in out
     for name in ("report.html", "report.md", "results.json", "config.yaml"):
         assert (folder / name).stat().st_size > 500

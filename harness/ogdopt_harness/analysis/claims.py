@@ -29,7 +29,7 @@ HOLDS, FAILS = "holds", "does not hold"
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement about a study's numbers, beside what the paper says."""
+    """One statement about a study's numbers, next to what the paper says."""
 
     text: str
     expectation: str
@@ -103,7 +103,7 @@ class Finished:
 
 
 def verdicts(title: str, claims: Iterable[Claim]) -> Table:
-    """One row a claim: what was found beside what the paper says."""
+    """One row a claim: what was found next to what the paper says."""
     claims = list(claims)
     rows = [[c.text, c.expectation, c.found, c.count, c.verdict] for c in claims]
     note = (
@@ -153,6 +153,6 @@ def read(path: Path) -> Finished:
 
 
 def finished(directory: Path) -> list[Finished]:
-    """Studies that a run directory's report shows: those in folders of it or of its `studies/`, and in `studies/` beside it."""
+    """Studies that a run directory's report shows: in folders of it or of its `studies/`, and in `studies/` next to it."""
     places = [*directory.glob(f"*/{FILE}"), *directory.glob(f"studies/*/{FILE}"), *directory.parent.glob(f"studies/*/{FILE}")]
     return [read(path) for path in sorted(dict.fromkeys(places), key=lambda path: path.parent.name)]

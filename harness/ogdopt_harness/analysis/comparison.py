@@ -27,7 +27,7 @@ ASKED = {
 }
 WINS, STYLE, ACCURACY = "judged win rate", "style rate", "held-out preference accuracy"  # by precedence
 EPSILON = 1e-9
-HELPS = -1e-5  # a cosine below it helps the losers; what rounds the parameters to float32 stays above
+HELPS = -1e-5  # a cosine below it helps the rejected; what rounds the parameters to float32 stays above
 Epochs = Mapping[str, Mapping[int, int]]  # run -> seed -> epoch
 
 
@@ -74,16 +74,16 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Promise:
-    """How often the steps of one run of one seed did what OGD promises: the winners' loss falls, the losers' does not.
+    """How often the steps of one run of one seed did what OGD promises: the chosen's loss falls, the rejected's does not.
 
     Judged by the cosines of the parameter change with the two gradients; a step that moved nothing has none.
     """
 
     steps: int  # that have the cosines
-    winners_missed: float  # share of them whose change did not lower the winners' loss
-    losers_helped: float  # share of them whose change lowered the losers' loss
-    worst_chosen: float  # largest cosine with the winners' gradient
-    worst_rejected: float  # smallest cosine with the losers' gradient
+    chosen_missed: float  # share of them whose change did not lower the chosen's loss
+    rejected_helped: float  # share of them whose change lowered the rejected's loss
+    worst_chosen: float  # largest cosine with the chosen's gradient
+    worst_rejected: float  # smallest cosine with the rejected's gradient
     passes: float | None  # mean of the further passes over the gradients; None: the method takes none
 
 

@@ -46,7 +46,7 @@ def _who_won(found: Comparison, way: str) -> Iterator[str]:
         if dpo:
             yield _against(found, mine, dpo[0], way, "every DPO run; against the mildest" if len(dpo) > 1 else "DPO; against")
         if winners:
-            yield _against(found, mine, winners[0], way, "winners-only training,")
+            yield _against(found, mine, winners[0], way, "training on chosen alone,")
         t = ranked[mine]
         noise = "no more than" if not t.detectable else "more than"
         yield (

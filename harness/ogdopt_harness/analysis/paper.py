@@ -1,4 +1,4 @@
-"""Table 1 of the OGD paper (Orthogonal Gradient Descent for preference optimization), beside a study's own figures.
+"""Table 1 of the OGD paper (Orthogonal Gradient Descent for preference optimization), next to a study's own figures.
 
 Each method at its best epoch: Arena-Hard's style-controlled win rate and WildBench v0.2's Elo with 95% intervals, and TAX.
 The paper calls A comparable to B where A is better or the intervals overlap (section 6). Its two headline figures follow from
@@ -15,7 +15,7 @@ from ogdopt_harness.analysis.tax import Interval
 from ogdopt_harness.common.tables import NONE, Table, interval, listing, number, percent
 
 BASELINE = "dpo_beta0.1"  # what the paper's reductions are against
-TITLE = "Beside the paper's Table 1"
+TITLE = "Next to the paper's Table 1"
 
 
 @dataclass(frozen=True)

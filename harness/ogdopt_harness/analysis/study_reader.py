@@ -16,7 +16,7 @@ import numpy as np
 from ogdopt_harness.common.keys import EPOCH, EPOCHS, STEP
 from ogdopt_harness.common.run_folder import RunFolder, SeedFolder, StudyFolder, read_json
 
-LAST = ("ogd", "ogd_metric")  # methods behind all others, as in the paper's table
+LAST = ("ogd", "ogd_metric")  # methods after all others, as in the paper's table
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@
 
 p_i and q_i are the accuracies of the reference (SFT) model and of the tuned model on the same items of task i.
 Because min(0, ·) turns every unlucky item into a loss and no lucky one into a gain, two equally good models score
-below 0: TAX is never read alone, but beside its sign-flip null and with the *basic* bootstrap interval, which
+below 0: TAX is never read alone, but with its sign-flip null and with the *basic* bootstrap interval, which
 corrects most of this bias (near 0 the percentile interval hardly ever holds the truth). Resampling items within a task, with
 one draw for all models, is a multinomial over the patterns of outcomes, so 10,000 draws take well under a second.
 Still the intervals are approximate near 0: in simulations of 4-8 tasks with 128 items and 1-3 seeds, nominal 95%

@@ -348,7 +348,7 @@ class DryRun:
         self.say(f"{home}/: {', '.join(file.name for file in files)}")
         there = next(folder for folder in (home.resolve(), *home.resolve().parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
-        if self.shape:  # a third checkpoint lies beside the last two while it is written
+        if self.shape:  # a third checkpoint lies next to the last two while it is written
             enough = "enough" if free > total + largest else "NOT ENOUGH"
             self.say(
                 f"weights and states, {len(config.study.seeds)} seed(s): {size(total + largest)}; {size(free)} free, {enough}"
@@ -370,7 +370,7 @@ def out_of_reach(error: BaseException | None) -> bool:
 
 
 def rates(stage: StageConfig, steps: int) -> list[tuple[int, float]]:
-    """(step, learning rate) at the first step, behind the warm-up, in the middle and at the last, as runs have it."""
+    """(step, learning rate) at the first step, after the warm-up, in the middle and at the last, as runs have it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
     factor = schedule(stage, optimizer, steps).lr_lambdas[0]  # type: ignore[attr-defined]
     shown = sorted({1, min(stage.warmup(steps) + 1, steps), steps // 2 + 1, steps})

@@ -1,7 +1,7 @@
 """Whose answers a judge prefers: `run.py judge BASELINE ANSWERS... --judge MODEL`, each prompt in both orders.
 
 BASELINE and ANSWERS are files of answers (`evaluation/answer_files.py`) or folders that hold an answers.jsonl. The cost is
-reckoned first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its
+estimated first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its
 answers, where reports find it: runs/<study>/seed-<k>/<run>/answers/epoch-<n>/judge.json chooses that run's best epoch.
 """
 
@@ -65,7 +65,7 @@ class JudgeConfig:
     max_tokens: int = 1024
     """Longest answer of the judge."""
     expected_tokens: int = 300
-    """What an answer is reckoned with in the estimate."""
+    """What an answer counts for in the estimate."""
     max_retries: int = 6
     timeout: float = 120.0
     """Seconds that an answer may take."""

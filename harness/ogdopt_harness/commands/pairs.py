@@ -7,8 +7,8 @@ chosen answer and the worst the rejected one: the scenarios of "3D-properties", 
     2  --chosen row   --rejected MODEL       4  both from the rows: those are the pairs already
 
 Samples are kept in `DIR/samples-<model>.jsonl` as they come, and the same command goes on from there; then `DIR/pairs.jsonl` is
-written, in the format that training reads. Whoever wants another judge scores these samples elsewhere, writes lines {prompt,
-answer, score}, and gives them with `--score scores:FILE`.
+written, in the format that training reads. To use another judge, score these samples elsewhere, write lines {prompt,
+answer, score}, and give them with `--score scores:FILE`.
 """
 
 from __future__ import annotations

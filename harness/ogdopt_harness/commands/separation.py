@@ -109,7 +109,7 @@ def chosen(known: dict[str, Behaviour], config: SeparationConfig) -> list[Behavi
 
 
 def asked(words: Any, question: str) -> list[int]:
-    """The question's token ids: in the tokenizer's chat template, or, as in the paper, with a line break behind it."""
+    """The question's token ids: in the tokenizer's chat template, or, as in the paper, with a line break after it."""
     if words.chat_template:
         text = words.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
         return words(text, add_special_tokens=False).input_ids

@@ -17,7 +17,7 @@ from typing import Any
 def replaced(folder: Path) -> Iterator[Path]:
     """A temporary sibling of `folder` to fill; it takes the folder's place when all went well, and is removed otherwise."""
     temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left behind
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     try:
         yield temporary

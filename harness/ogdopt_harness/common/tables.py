@@ -24,7 +24,7 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
-    folded: bool = False  # behind a fold-out in HTML
+    folded: bool = False  # in a fold-out in HTML
     strong: frozenset[int] = frozenset()  # rows set in bold
 
     def without_empty_columns(self) -> Table:

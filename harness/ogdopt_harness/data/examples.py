@@ -59,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Winners and losers; if `paired`, winners[i] and losers[i] answer the same prompt, else their numbers may differ."""
+    """Chosen (winners) and rejected (losers); if `paired`, winners[i] and losers[i] answer the same prompt."""
 
     winners: list[Example]
     losers: list[Example]
@@ -207,7 +207,7 @@ def collate(examples: Sequence[Example], pad_id: int, train_on_prompt: bool = Fa
 
 
 def mismatched(data: Preferences) -> list[Example]:
-    """Each winner's and each loser's prompt with the completion of the row behind it, cut to the longest row there is.
+    """Each prompt, chosen's and rejected's, with the completion of the row after it, cut to the longest row there is.
 
     Their log-ratios are the policy's divergence from its reference on answers that nobody prefers (Ethayarajh et al. 2024).
     """
@@ -267,7 +267,7 @@ class Loader:
         room = config.max_length - len(prompt)
         cut = [answer[:room] for answer in answers]
         if len(cut) == 2 and cut[0] == cut[1]:
-            remedy = "raise max_length: what differs lies behind it"
+            remedy = "raise max_length: what differs comes after it"
             problem = Problem(where, "chosen and rejected are identical once cut", "", f"{room} equal tokens", remedy)
             self.drop(problem, stop=False)
             return None
@@ -422,13 +422,13 @@ class Encoder:
         return [self.bos, *ids[start:]] if start or add else ids
 
     def end(self, ids: list[int]) -> list[int]:
-        """The ids with exactly one EOS, at the end. Raises RowError if there is text behind an EOS, or none before it."""
+        """The ids with exactly one EOS, at the end. Raises RowError if there is text after an EOS, or none before it."""
         stop = ids.index(self.eos) if self.eos in ids else len(ids)
-        behind = [i for i in ids[stop:] if i != self.eos]  # templates may write a newline behind the EOS: nothing to learn
+        behind = [i for i in ids[stop:] if i != self.eos]  # templates may write a newline after the EOS: nothing to learn
         if not self.blank(behind):
             remedy = f"expected {self.tokenizer.eos_token!r} at the end alone: take it out of the text"
-            raise RowError("EOS inside the completion", "", f"{len(behind)} tokens behind it", remedy)
-        if self.blank(ids[: min(8, stop)]) and self.blank(ids[:stop]):  # eight mostly tell enough
+            raise RowError("EOS inside the completion", "", f"{len(behind)} tokens after it", remedy)
+        if self.blank(ids[: min(8, stop)]) and self.blank(ids[:stop]):  # eight are mostly enough
             raise RowError("empty completion", "", "no token", "expected an answer that the tokenizer knows a token for")
         return [self.ids[i] for i in (*ids[:stop], self.eos)]
 

@@ -134,7 +134,7 @@ def make_world(config: WorldConfig, folder: Path) -> dict[str, Any]:
 
 
 def style_patterns() -> dict[str, str]:
-    """Regular expressions (for re.search) that tell the friendly and the curt style by a reply's first words."""
+    """Regular expressions (for re.search) that recognise the friendly and the curt style by a reply's first words."""
     return {
         f"{name}_pattern": r"^\s*(" + "|".join(opener.rstrip(" ,") for opener in OPENERS[style]) + r")\b"
         for name, style in (("chosen", "friendly"), ("rejected", "curt"))
@@ -145,7 +145,7 @@ def _check(config: WorldConfig) -> None:
     ranges.check(config, "world")
     if config.newcomers > MOST_PEOPLE - config.people:
         raise ValueError(
-            f"world.newcomers is {config.newcomers}; expected at most {MOST_PEOPLE - config.people} beside world.people "
+            f"world.newcomers is {config.newcomers}; expected at most {MOST_PEOPLE - config.people} besides world.people "
             f"{config.people}, there are no names for more"
         )
 

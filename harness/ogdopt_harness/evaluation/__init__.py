@@ -1,1 +1,1 @@
-"""A model folder as answers: benchmarks item by item, prompts, judges behind an endpoint."""
+"""A model folder as answers: benchmarks item by item, prompts, judges at an endpoint."""

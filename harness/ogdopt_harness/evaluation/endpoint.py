@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint: asked with patience, never paid twice, never beyond a limit.
+"""A language model at an OpenAI-compatible endpoint: asked with patience, never paid twice, never beyond a limit.
 
 The key comes from the environment (`OPENAI_API_KEY`; a server of your own needs none) and goes nowhere else: what a server says
 about a failure is shown without it.
@@ -22,8 +22,8 @@ Messages = Sequence[dict[str, str]]
 KEY = "OPENAI_API_KEY"
 PATIENCE = 60.0  # longest wait before another attempt, seconds
 RETRIED = (408, 409, 429)  # besides 500 and above
-LETTERS = 4  # of English a token, reckoned with in an estimate
-BYTES = 2  # a token at least, reckoned with for a limit; English has four, Chinese three or more
+LETTERS = 4  # of English a token, for an estimate
+BYTES = 2  # a token at least, for a limit; English has four, Chinese three or more
 
 
 class Prices(NamedTuple):

@@ -79,7 +79,7 @@ def read_items(task: TaskConfig) -> list[Row]:
 
 
 def item_of(row: Row, where: str, task: TaskConfig) -> Row:
-    """One item of a benchmark, checked; its hash tells whether two evaluations saw the same question."""
+    """One item of a benchmark, checked; its hash says whether two evaluations saw the same question."""
     if "choices" not in row and {"prompt", "chosen", "rejected"} <= row.keys():
         for column in ("prompt", "chosen", "rejected"):
             if not isinstance(row[column], str):

@@ -278,7 +278,7 @@ class Stop(NamedTuple):
     def of(cls, options: dict[str, Any]) -> Stop:
         """From a task's `generation_kwargs`. Raises ValueError for a task that samples: replies here are greedy."""
         if options.get("do_sample") or options.get("temperature"):
-            raise ValueError(f"a task wants sampled replies ({options}); expected a greedy one: leave the task out")
+            raise ValueError(f"a task asks for sampled replies ({options}); expected a greedy one: leave the task out")
         until = options.get("until") or []
         return cls(options.get("max_gen_toks", MOST_NEW_TOKENS), tuple([until] if isinstance(until, str) else until))
 

@@ -1,4 +1,4 @@
-"""Official tasks of lm-eval: which ones, which of their metrics is the accuracy, and whence they read their data.
+"""Official tasks of lm-eval: which ones, which of their metrics is the accuracy, and where they read their data from.
 
 A task's definition (prompts, choices, metrics) stays lm-eval's own. Only the place of its data may be another: a folder of data
 sets laid out as on the hub.
@@ -40,7 +40,7 @@ OFFICIAL = {
     "gsm8k": Official("gsm8k", "math", "exact_match", "flexible-extract"),
     "boolq": Official("super_glue/boolq", "reading"),
 }
-"""The paper's tasks, each with its customary metric; GSM8k's strict match wants "#### 42", which nobody says unasked."""
+"""The paper's tasks, each with its customary metric; GSM8k's strict match requires "#### 42", which nobody says unasked."""
 
 
 @lru_cache(maxsize=1)

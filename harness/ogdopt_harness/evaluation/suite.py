@@ -61,7 +61,7 @@ def evaluate(
     """Evaluate the Hugging Face folder `model_dir` and write `output` (JSON, whole or not at all); returns what it holds.
 
     `run` and `epoch` are recorded; so is the model's folder, relative to `seed_dir` where it lies in it. The state of all
-    random generators is left as it was. `tokenizer` is another folder that has it. Answers stream into a journal beside
+    random generators is left as it was. `tokenizer` is another folder that has it. Answers stream into a journal next to
     `output`, from which an interrupted evaluation of the same model with the same settings goes on. Under torchrun each process
     answers a share, and the first writes the file. Raises ValueError for a model, a benchmark file or a task that cannot be
     used; warns where prompts lost their beginning because the model cannot read that many tokens.
@@ -150,7 +150,7 @@ class LocalTask(ConfigurableTask):
         return chat_template(turns) if chat_template else fold_system(turns)[-1]["content"]
 
     def construct_requests(self, doc: Row, ctx: Any, *, apply_chat_template: bool = False, **options: Any) -> Any:
-        """lm-eval's requests: after plain text a choice is set off by a space, after a template by what the template wants."""
+        """lm-eval's requests: after plain text a choice is set off by a space, after a template by what the template needs."""
         templated = apply_chat_template and not self.config.metadata["plain"]
         return super().construct_requests(doc, ctx, apply_chat_template=templated, **options)
 

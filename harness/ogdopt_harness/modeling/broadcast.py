@@ -2,7 +2,7 @@
 
 outlined    load()  ->  the model in the first process, modules whose tensors have no storage in the others
 emptied     before FSDP2 shards it: the first process's values are set aside, and all have an outline
-filled      behind that: shards get storage, and values tensor by tensor; no process but the first ever holds them all
+filled      after that: shards get storage, and values tensor by tensor; no process but the first ever holds them all
 """
 
 from __future__ import annotations

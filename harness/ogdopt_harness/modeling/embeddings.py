@@ -18,7 +18,7 @@ from ogdopt_harness.modeling.adapters import bare
 def embed(model: PreTrainedModel, prompts: Sequence[Tensor | Sequence[int]], batch_size: int = 64) -> Tensor:
     """The last hidden state at the last token of each prompt (token ids), (n, d), float32, on the CPU, without gradients.
 
-    It is what the unembedding reads: behind the final norm, which is not applied again.
+    It is what the unembedding reads: after the final norm, which is not applied again.
     """
     with torch.no_grad():
         found = [last_hidden(model, prompts[i : i + batch_size]).float().cpu() for i in range(0, len(prompts), batch_size)]

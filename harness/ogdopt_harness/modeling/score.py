@@ -15,7 +15,7 @@ from ogdopt.losses import Completion
 from ogdopt_harness.modeling.adapters import bare
 
 HEAD_CHUNK = 1024  # scored tokens
-# Architectures that change the logits behind the head are scored through their own forward pass.
+# Architectures that change the logits after the head are scored through their own forward pass.
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 

@@ -39,7 +39,7 @@ def prepare(
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
-            model.enable_input_require_grads()  # else the segments behind frozen embeddings see nothing to be recomputed for
+            model.enable_input_require_grads()  # else the segments after frozen embeddings see nothing to be recomputed for
     trained: Any = trained_parts(model, config, seed)
     bf16 = config.bf16 and device.type != "cpu"
     if ranks.size > 1 or (bf16 and device.type == "cuda"):

@@ -66,7 +66,7 @@ def check_joint(config: Config, specs: list[RunSpec]) -> None:
     joint = [spec.method for spec in specs if spec.weight is not None]
     if joint and not (config.joint.data or config.sft.data).train:
         raise ValueError(
-            f"{joint[0]} trains on supervised rows beside the pairs, but joint.data.train and sft.data.train are empty; "
+            f"{joint[0]} trains on supervised rows together with the pairs, but joint.data.train and sft.data.train are empty; "
             "expected JSONL files or hub data sets, e.g. --joint.data.train rows.jsonl"
         )
 

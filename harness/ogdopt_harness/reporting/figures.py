@@ -295,20 +295,20 @@ def study_panels(
     yield Panel(
         "projection",
         "The projection at work",
-        "Top: cosine between the two gradients. Bottom: the length that the projection leaves of the winner's gradient, as "
+        "Top: cosine between the two gradients. Bottom: the length that the projection leaves of the chosen's gradient, as "
         "a share (1: nothing removed). Running means over 2% of the steps. Look for a cosine well above 0 (the two answers "
-        "pull on the same weights: there is a conflict to remove); near 0, OGD is winners-only training.",
+        "pull on the same weights: there is a conflict to remove); near 0, OGD is training on chosen alone.",
         ylabels=["cosine", "share left"],
         curves=[logged(runs, keys.COSINE, _calm), logged(runs, keys.PROJECTED, _calm)],
         xlabel=step,
         markers=False,
     )
     yield Panel(
-        "update_against_losers",
-        "What the step does to the losers",
-        "Cosine between the change of the parameters and the losers' gradient, every logged step. Look for points below 0: "
-        "there the optimizer turned OGD's gradient into a change that makes the losers likelier, what OGD promises not to do.",
-        ylabels=["cosine(change, losers' gradient)"],
+        "update_against_rejected",
+        "What the step does to the rejected",
+        "Cosine between the change of the parameters and the rejected's gradient, every logged step. Look for points below 0: "
+        "there the optimizer made a change that makes the rejected likelier, what OGD promises not to do.",
+        ylabels=["cosine(change, rejected's gradient)"],
         curves=[logged(runs, keys.update_cosine(keys.REJECTED))],
         xlabel=step,
         markers=False,
@@ -317,9 +317,9 @@ def study_panels(
     yield Panel(
         "conflict_by_layer",
         "Where the two gradients meet",
-        "Cosine between the winners' and the losers' gradient in each layer of the model, mean over the steps at which it was "
-        "logged (`preference.probe_steps` for methods of one gradient). Look for layers near 1: there both answers pull on the "
-        "same weights, and a loss that tells them apart moves both log-likelihoods alike.",
+        "Cosine between the chosen's and the rejected's gradient in each layer, mean over the steps at which it was logged "
+        "(`preference.probe_steps` for methods of one gradient). Look for layers near 1: there both answers pull on the same "
+        "weights, and a loss that separates them moves both log-likelihoods alike.",
         ylabels=["cosine"],
         curves=[layers(runs)],
         xlabel="layer",

@@ -1,4 +1,4 @@
-"""What joint runs reached: optimality gaps, distance from the ideal point, and what they cost beside Sequential.
+"""What joint runs reached: optimality gaps, distance from the ideal point, and what they cost against Sequential.
 
 gap of an objective   its last measurement less its optimum of the same seed
 ideal distance        sqrt(gap_DPO^2 + gap_SFT^2)
@@ -131,7 +131,7 @@ def _end(seed: SeedRuns, run: Run) -> End | None:
 
 
 def gap_table(joint: Joint) -> Table:
-    """One row a run: gaps, distance, and cost beside Sequential."""
+    """One row a run: gaps, distance, and cost against Sequential."""
     rows = []
     for one in joint.runs:
         ends = list(one.ends.values())

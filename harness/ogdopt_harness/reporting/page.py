@@ -62,7 +62,7 @@ class Report:
     tables: list[Table]
     drawings: list[Drawing]
     studies: list[Finished]
-    """Finished studies of papers, in or beside the directory."""
+    """Finished studies of papers, in or next to the directory."""
     joint: Joint | None = None
     """What runs on two objectives reached."""
 
@@ -371,8 +371,8 @@ def _promise_table(found: Comparison) -> Table:
             [
                 found.label(name),
                 spread([p.steps for p in promises], 0),
-                spread([p.winners_missed for p in promises], 1, scale=100, unit="%"),
-                spread([p.losers_helped for p in promises], 1, scale=100, unit="%"),
+                spread([p.chosen_missed for p in promises], 1, scale=100, unit="%"),
+                spread([p.rejected_helped for p in promises], 1, scale=100, unit="%"),
                 tiny(max(p.worst_chosen for p in promises)),
                 tiny(min(p.worst_rejected for p in promises)),
                 spread([p.passes for p in promises], 1),
@@ -384,24 +384,24 @@ def _promise_table(found: Comparison) -> Table:
     columns = [
         "method",
         "steps",
-        "did not help winners",
-        "helped losers",
-        "worst cosine, winners",
-        "worst cosine, losers",
+        "did not help chosen",
+        "helped rejected",
+        "worst cosine, chosen",
+        "worst cosine, rejected",
         "further passes",
         "TAX",
         "style rate",
         "reward margin",
     ]
     note = (
-        "OGD promises of every step that the winners' loss falls and the losers' does not; here that is judged by the change "
-        "which the optimizer made of it, to first order, on the step's own batch. Its cosine is below 0 with the winners' "
-        f"gradient, else it did not help winners, and not below 0 with the losers': below {tiny(HELPS)} it helped losers, "
-        "since rounding of the parameters to float32 stays above that. Steps: those logged that moved anything. Further "
-        "passes: over the gradients, a step. TAX, style rate and held-out reward margin are of the run's best epoch."
+        "OGD promises of every step that the chosen's loss falls and the rejected's does not. Here the change of the "
+        "parameters is judged, to first order, on the step's own batch. If its cosine with the chosen's gradient is not below "
+        f"0, the step did not help chosen. If its cosine with the rejected's is below {tiny(HELPS)}, it helped rejected. "
+        "Rounding of the parameters to float32 stays above that. Steps: those logged that moved anything. Further passes: "
+        "over the gradients, a step. TAX, style rate and held-out reward margin are of the run's best epoch."
         + _seeds_note(found)
         + " Look for shares of 0% in the optimizer's metric, and for how often the same optimizer breaks the promise without "
-        "it. Then compare TAX, style rate and margin of the two: they say whether a kept promise is worth its passes."
+        "it. TAX, style rate and margin of the two say whether a kept promise is worth its passes."
     )
     return Table(PROMISE, columns, rows, note)
 

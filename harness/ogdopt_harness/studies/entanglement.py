@@ -1,8 +1,8 @@
 """Gradient entanglement: why both log-likelihoods move together, on answers that differ in one token.
 
 Three parts, on one small model that is pretrained for it (`studies/sentiment_lab.py`): DPO on four styles of answers; all
-losses side by side; the rules for two gradients, from leaving winners alone to leaving losers alone, and sparse preference
-optimization.
+losses side by side; the rules for two gradients, from leaving the chosen alone to leaving the rejected alone; and
+sparse preference optimization.
 After sections 3 to 5 and figures 2 to 4 of the paper "gradient entanglement".
 """
 
@@ -70,7 +70,7 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
             Picture("styles", "Look for chosen that fall, and lower the longer the suffix.", draw_styles(styles)),
             Picture("tokens", "Look for a cold cell where the two labels meet, on a warm diagonal.", draw_tokens(maps)),
             Picture("losses", "Look for pairs of bars on one side of zero: both moved alike.", draw_bars(losses)),
-            Picture("rules", "Look for chosen bars above zero beside rejected bars that are not.", draw_bars(rules)),
+            Picture("rules", "Look for chosen bars above zero next to rejected bars that are not.", draw_bars(rules)),
         ],
         [
             f"Data: {words}; one small model ({sizes}) instead of GPT-2, pretrained on the labels of such text in many words. "

@@ -168,7 +168,7 @@ class Runs:
         return self.walk(gradient)
 
     def of_sparse(self) -> Course:
-        """Sparse preference optimization; the significance, predicted from hidden states, is learnt by Adam beside it."""
+        """Sparse preference optimization; Adam learns the significance, which hidden states predict, together with it."""
         start = self.starts[LOSS_STYLE]
         sides = self.sides(LOSS_STYLE, PREFERENCES)
         rows = Preferences(sides[0], sides[1], paired=True)

@@ -83,7 +83,7 @@ def write_pairs(data_dir: str | None = None, style: str = "long suffix", output_
 
 
 def generated(n: int) -> list[tuple[str, str]]:
-    """Statements whose sentiment is in one of their words, behind "not" the opposite one's, some of them exclaimed."""
+    """Statements whose sentiment is in one of their words, after "not" the opposite one's, some of them exclaimed."""
     rng = random.Random(0)
     good, bad = (
         "love great happy enjoyed sweet fun lovely thanks".split(),

@@ -7,7 +7,7 @@
         state.json                step, learning rates, scheduler, schedule of objectives, counters, size of metrics.jsonl, and
                                   the manifest of all other files
 
-A checkpoint is written beside its place and renamed when all its bytes are on the disk; `state.json` holds the size and
+A checkpoint is written next to its place and renamed when all its bytes are on the disk; `state.json` holds the size and
 sha256 of every file, so that a torn or mixed copy is recognized. The last two are kept. `.metadata` is a pickle: load
 checkpoints of your own runs alone; what is to be given away is the exported model.
 """
@@ -119,7 +119,7 @@ def broken(path: Path, ranks: Ranks = ALONE) -> str | None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left behind."""
+    """Remove what a killed writer left."""
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -181,7 +181,7 @@ class Collector(Scorer):
         return (self._pair_losses if name == keys.PREFERENCE else self._supervised_losses)(indices, taken)
 
     def _collect(self, losses: Iterable[Tensor], taken: Taken, weight: float = 1.0) -> Tensor:
-        """The gradient of `weight` times the sum of micro-batches' losses, added to the winner's; returns the sum.
+        """The gradient of `weight` times the sum of micro-batches' losses, added to the chosen's; returns the sum.
 
         Gradients are averaged over the processes, and the batch's loss is the sum of theirs: hence the factor.
         """
@@ -202,7 +202,7 @@ class Collector(Scorer):
             yield nll(completion, self.job.config.loss_reduction).sum() / len(indices) * micro.counts
 
     def _kto_losses(self, winners: list[int], losers: list[int], taken: Taken) -> Iterator[Tensor]:
-        """Each micro-batch's share of the KTO loss: the winners' mean and the losers', of pairs or not, with one divergence."""
+        """Each micro-batch's share of the KTO loss: both sides' means, of pairs or not, with one divergence."""
         data, beta = self.job.data, self.job.beta or EVAL_BETA
         places = [*winners, *(len(data.winners) + i for i in losers)]
         policy = self._logps([self.mismatched[k] for k in places])[0]

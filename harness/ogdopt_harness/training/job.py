@@ -40,7 +40,7 @@ class Job:
     thresholds: dict[str, float] = field(default_factory=dict)
     """Where the 3D-properties warn, by names of `ogdopt.three_d.Thresholds`."""
     loss_args: dict[str, Any] = field(default_factory=dict)
-    """Hyper-parameters of the method's loss beside beta."""
+    """Hyper-parameters of the method's loss besides beta."""
     sparse: SparseConfig = field(default_factory=SparseConfig)
     probe_steps: int | None = None
     """Look into every so many steps of a method of one gradient (`preference.probe_steps`)."""
@@ -52,8 +52,8 @@ class Job:
     def __post_init__(self) -> None:
         if METHODS[self.method].schedule and not (self.joint and self.joint.supervised):
             raise ValueError(
-                f"method {self.method!r} trains on supervised rows beside the pairs, and there are none; give sft.data.train, "
-                "or choose sft, dpo, ogd or ogd_metric"
+                f"method {self.method!r} trains on supervised rows together with the pairs, and there are none; give "
+                "sft.data.train, or choose sft, dpo, ogd or ogd_metric"
             )
         if METHODS[self.method].pairwise and not self.data.paired:
             raise ValueError(
@@ -103,7 +103,7 @@ class Plan:
         return min(total, self.config.max_steps) if self.config.max_steps > 0 else total
 
     def rows(self, step: int) -> tuple[list[int], list[int]]:
-        """Indices of the winners and of the losers of a step (0, 1, ...)."""
+        """Indices of the chosen and of the rejected of a step (0, 1, ...)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         winners = self._slice(self.winners, epoch, position, 0)
         if self.paired:
@@ -113,5 +113,5 @@ class Plan:
     def _slice(self, n: int, epoch: int, position: int, side: int) -> list[int]:
         size = self.config.train_batch_size
         lap, position = divmod(position, math.ceil(n / size))
-        seed = self.seed if not side else self.seed + 1_000_003  # unpaired losers are shuffled on their own
+        seed = self.seed if not side else self.seed + 1_000_003  # unpaired rejected are shuffled on their own
         return order(n, seed, epoch + 100_000 * lap)[position * size : (position + 1) * size]

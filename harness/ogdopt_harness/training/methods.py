@@ -19,7 +19,7 @@ class Method:
 
     With `loss="nll"` each of `sides` gets a gradient of its own negative log-likelihood, and `rule` mixes them; any other
     `loss` is an entry of `ogdopt.losses.LOSSES` and has one gradient, of pairs. With a `schedule` the pairs are one of two
-    objectives; the other is the negative log-likelihood of the supervised rows (`training/joint.py`), added to the winners'.
+    objectives; the other is the negative log-likelihood of the supervised rows (`training/joint.py`), added to the chosen's.
     """
 
     loss: str
@@ -45,7 +45,7 @@ class Method:
 
     @property
     def two_gradients(self) -> bool:
-        """Whether the winners of a batch and its losers have a gradient each."""
+        """Whether the chosen and the rejected of a batch have a gradient each."""
         return self.loss == "nll" and set(self.sides) == {"winner", "loser"} and not self.per_pair
 
     @property
@@ -71,7 +71,7 @@ class Method:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The loss's hyper-parameters beside beta, and their defaults."""
+        """The loss's hyper-parameters besides beta, and their defaults."""
         functions: dict[str, Any] = {"sparse": sparse, "kto": kto_unpaired, "nll": lambda: None}
         entry = functions.get(self.loss) or LOSSES[self.loss].function
         known = inspect.signature(entry).parameters.values()
@@ -81,7 +81,7 @@ class Method:
 PAIR, APART = ("winner", "loser"), ("loser", "winner")
 
 METHODS: dict[str, Method] = {
-    "sft": Method("nll", ("winner",), label="SFT on winners"),
+    "sft": Method("nll", ("winner",), label="SFT on chosen"),
     "dpo": Method("dpo", PAIR, beta=True, label="DPO"),
     "ogd": Method("nll", APART, orthogonal, label="OGD"),
     "ogd_metric": Method("nll", APART, orthogonal, label="OGD (own metric)", metric="optimizer"),
@@ -151,7 +151,7 @@ def runs(
     methods: list[str], betas: list[float], lambdas: Sequence[float] = (0.5,), evaluate_every: Sequence[int] = (10,)
 ) -> list[RunSpec]:
     """All runs of a study, in the order of `methods`; one for each of `betas`, or of `lambdas` (and of `evaluate_every`),
-    where a method has such a one.
+    for methods that use it.
 
     Raises ValueError for an unknown or repeated method, a beta that is not positive, a lambda outside of [0, 1] and an
     `evaluate_every` that is neither 1 or more nor -1.

@@ -1,4 +1,4 @@
-"""How a run is watched and stopped: a bar or plain lines, speed, signals, and what a step has to tell."""
+"""How a run is watched and stopped: a bar or plain lines, speed, signals, and the metrics of a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Taken:
-    """What a step has to tell, still on the device: sums over this process's rows that add up to those of the batch."""
+    """Per-step metrics, kept on the device until logged: sums over this process's rows that add up to those of the batch."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     known: dict[str, float] = field(default_factory=dict)
@@ -133,9 +133,9 @@ def clock(seconds: float) -> str:
 
 
 class Signals:
-    """What asks a run to stop, and when its processes tell each other: at logged steps, and between these every few seconds.
+    """What asks a run to stop, and when its processes agree on it: at logged steps, and between these every few seconds.
 
-    How many steps are a few seconds all of them reckon from the same figures, those of the last message, so that steps between
+    How many steps are a few seconds all of them compute from the same figures, those of the last message, so that steps between
     messages need none. The first step ends with one.
     """
 

@@ -98,7 +98,7 @@ class Scorer:
             self._resharded()
 
     def _resharded(self) -> None:
-        """Behind passes without gradients: what lies outside of the layers stays gathered until a backward pass comes."""
+        """After passes without gradients: what lies outside of the layers stays gathered until a backward pass comes."""
         if isinstance(plain := bare(self.model), FSDPModule):
             plain.reshard()
 
@@ -126,7 +126,7 @@ class Scorer:
         return sums, lengths
 
     def _reference(self) -> dict[str, Tensor]:
-        """Log-probabilities of the starting model, computed once and kept beside the run."""
+        """Log-probabilities of the starting model, computed once and kept with the run."""
         file = RunFolder(self.job.directory).reference
         kept = self.ranks.tell(lambda: load_file(file) if file.is_file() else None)
         if kept is not None:

@@ -1,4 +1,4 @@
-"""Sparse preference optimization in training: a significance for every token, learnt beside the policy.
+"""Sparse preference optimization in training: a significance for every token, learned together with the policy.
 
 `hidden` predicts it from the hidden state that also predicts the token, by one linear layer that both answers share, so that a
 prefix has the same significance in both; `free` gives every token of the training rows a number of its own. Hidden states are
@@ -37,7 +37,7 @@ class Significance(nn.Module):
 
     def forward(self, states: Tensor, places: Tensor) -> Tensor:
         """(n,) of tokens with hidden states (n, size), which stand at `places` (n,) among all tokens."""
-        return self.free[places] if self.head is None else self.head(states.detach().float()).sum(-1)  # FSDP2 wants no view
+        return self.free[places] if self.head is None else self.head(states.detach().float()).sum(-1)  # FSDP2 refuses a view
 
 
 class SparseTerm:
@@ -48,7 +48,7 @@ class SparseTerm:
     ) -> None:
         masks = (collate([example], 0, on_prompt).loss_mask for example in [*data.winners, *data.losers])
         self.ends = [0, *accumulate(int(mask.sum()) for mask in masks)]
-        """Where the tokens of each winner, and behind them of each loser, begin and end among all."""
+        """Where the tokens of each chosen, and after them of each rejected, begin and end among all."""
         self.losers = len(data.winners)
         self.significance = Significance(size if config.significance == "hidden" else None, self.ends[-1], config.initial)
         self.significance.to(device)

@@ -1,7 +1,7 @@
-"""Experiment trackers by name, through accelerate's: they hear every line that goes to metrics.jsonl.
+"""Experiment trackers by name, through accelerate's: every line of metrics.jsonl is logged to them.
 
-`metrics.jsonl` is what everything else reads; a tracker is told besides. A run that goes on hears of the steps behind its
-checkpoint once more, and TensorBoard is told to forget the first time.
+`metrics.jsonl` is what everything else reads; a tracker gets a copy. A resumed run logs the steps after its checkpoint once
+more, and TensorBoard drops the first time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMED = ("wandb", "trackio")
 def chosen(report_to: Sequence[str]) -> list[str]:
     """The trackers that `report_to` asks for: auto is TensorBoard where it is installed, none is nothing.
 
-    Raises ValueError for an unknown one, for one that is not installed, and for none beside others.
+    Raises ValueError for an unknown one, for one that is not installed, and for none among others.
     """
     if NONE in report_to and len(report_to) > 1:
         raise ValueError(f"report_to is {list(report_to)}; expected none alone, or names of trackers")
@@ -51,7 +51,7 @@ class Trackers:
         self.begun: list[Any] | None = None
 
     def log(self, line: Mapping[str, float]) -> None:
-        """Tell all of them a line, under its step; what is no finite number is left out."""
+        """Log a line to all of them, under its step; what is no finite number is left out."""
         step = int(line[STEP])
         if self.begun is None:
             self.begun = [self._begin(name, step) for name in self.names]

@@ -204,7 +204,7 @@ class Trainer(Collector):
         return step % self.plan.steps_per_epoch == 0 or step == self.plan.steps
 
     def _measures(self, step: int) -> bool:
-        """Whether held-out rows are measured behind this step."""
+        """Whether held-out rows are measured after this step."""
         every = self.job.config.eval_steps or max(1, self.plan.steps_per_epoch // 10)
         return self._epoch_ends(step) or step % every == 0
 
@@ -220,7 +220,7 @@ class Trainer(Collector):
             self.trackers.log(line)
 
     def _truncate_metrics(self, size: int) -> None:
-        """Forget the lines behind the checkpoint: those steps are taken again."""
+        """Drop the lines after the checkpoint: those steps are taken again."""
         if self.ranks.first:
             with self.folder.metrics.open("ab") as file:
                 file.truncate(size)
