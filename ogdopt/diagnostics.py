@@ -38,7 +38,9 @@ def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, fl
 
     Returns `entanglement/inner_product`, `/cosine`, `/norm_chosen`, `/norm_rejected` (both the L2 norms),
     `/condition_chosen`, `/condition_rejected` (1.0 holds, 0.0 does not) and `/case`: 1 chosen up and rejected down,
-    2 both down, 3 both up, and 4 chosen down and rejected up, which cannot be unless a weight is negative. Reading the numbers
+    2 both down, 3 both up, and 4 chosen down and rejected up, which cannot be unless a weight is negative. `/band_low` and
+    `/band_high` are the ratios d_l / d_w between which both go the right way, [wl/ll, ww/wl]; the latter is there where
+    `<G_w, G_l>` is positive, and any ratio above the former does otherwise (RC's band, arXiv:2604.18239). Reading the numbers
     waits for the device.
 
     >>> import torch
@@ -50,7 +52,9 @@ def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, fl
     chosen_up = d_w * ww >= d_l * wl
     rejected_down = d_w * wl <= d_l * ll
     norms = math.sqrt(ww) * math.sqrt(ll)
-    return {
+    band = {"entanglement/band_low": max(0.0, wl) / ll} if ll > 0 else {}
+    band |= {"entanglement/band_high": ww / wl} if wl > 0 else {}
+    return band | {
         "entanglement/inner_product": wl,
         "entanglement/cosine": max(-1.0, min(1.0, wl / norms)) if norms > 0 else 0.0,
         "entanglement/norm_chosen": math.sqrt(ww),

@@ -7,6 +7,9 @@ A rule gets a `Gram` whose entries are blocks (one for the whole model, or one a
     normalized   (1/|g_w|, -1/|g_l|)         the difference of the unit vectors
     interval(t)  between the two and beyond  every direction that raises winners and lowers losers
     difference ("sum"), mgda, pcgrad, upgrad the gradients of L_w and -L_l as two objectives of equal right
+    gru          (max(0, wl)/ww, -1)         unlearning the loser without its part against the winner
+    pcd(tau)     the winner first            and for the loser a share tau of the progress that it alone would make
+    averaged(d)  `normalized`                by running means of the norms
     watch        (1, 0)                      the winner's gradient; measures and changes nothing
 
 Orthogonal gradient descent, Definition 4.1: u = g_w - c g_l with c = max(0, <g_w, g_l>)/|g_l|^2 is the Euclidean
@@ -40,12 +43,15 @@ __all__ = [
     "SCOPES",
     "Rule",
     "Scope",
+    "averaged",
     "block_sizes",
     "difference",
+    "gru",
     "interval",
     "mgda",
     "normalized",
     "orthogonal",
+    "pcd",
     "pcgrad",
     "scaled",
     "upgrad",
@@ -72,6 +78,7 @@ def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
     """Normalized preference optimization ("gradient entanglement", section 5.1): `(1/|g_w|, -1/|g_l|)`.
 
     The winner's likelihood rises and the loser's falls at every step, whatever the angle; parallel gradients give (0, 0).
+    Reward calibration (RC, arXiv:2604.18239) weighs DPO's two gradients so that their sum has this direction.
 
     >>> import torch
     >>> one = torch.ones((), dtype=torch.float64)
@@ -173,6 +180,83 @@ def mgda(gram: Gram) -> tuple[Tensor, Tensor]:
     return _unless_parallel(gram, torch.where(longer, small, 1 - small), -torch.where(longer, 1 - small, small))
 
 
+def gru(gram: Gram) -> tuple[Tensor, Tensor]:
+    """Gradient rectified unlearning: the ascent on L_l without its part against L_w, `(max(0, wl)/ww, -1)`.
+
+    The winner's loss stays or falls, the loser's rises; it has the direction of `interval(0)` where gradients agree. A running
+    mean of retained gradients, which the paper also uses, is `ogdopt.memory.Remembered` (GRU, arXiv:2503.09117).
+    """
+    return _unless_parallel(gram, ratio(gram.wl.clamp(min=0), gram.ww), -torch.ones_like(gram.wl))
+
+
+def pcd(tau: float = 0.02) -> Rule:
+    """Priority-Constrained Descent with L_w first and -L_l second, each by its present norm (arXiv:2606.29521).
+
+    The vector nearest to g_w that gives the loser's ascent a share `tau` of the progress of a step of its own, scaled to the
+    length of g_w. With tau = 0 it has the direction of OGD; for more gradients `cone.priority` is the same.
+
+    Raises ValueError for a `tau` outside [0, 1].
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"pcd({tau}): expected a number from 0 (OGD) to 1")
+    return _Priority(tau)
+
+
+@dataclass(frozen=True)
+class _Priority:
+    """A function that can be pickled."""
+
+    tau: float
+
+    def __call__(self, gram: Gram) -> tuple[Tensor, Tensor]:
+        cosine = gram.cosine
+        there = (gram.ll > 0) & (gram.ww > 0)
+        mu = torch.where(there, (self.tau + cosine).clamp(min=0), 0.0)
+        # |u|^2 of unit vectors, as what is left across g_l and what remains along it: 1 - cos^2 + (mu - cos)^2.
+        length = ((1 - cosine) * (1 + cosine) + (mu - cosine) ** 2).sqrt()
+        a = ratio(torch.ones_like(mu), length)
+        return _unless_parallel(gram, a, -a * mu * ratio(gram.ww.sqrt(), gram.ll.sqrt()))
+
+    def __repr__(self) -> str:
+        return f"pcd({self.tau})"
+
+
+def averaged(decay: float = 0.98) -> Rule:
+    """`normalized` by running means of the logarithms of both norms, `(1/N_w, -1/N_l)`, as RC has them (arXiv:2604.18239).
+
+    The object remembers, block by block; give each optimizer its own. Its memory is in no checkpoint: after a resume the first
+    step's norms are taken as they are. A `decay` of 0 is `normalized`. Zero gradients are left out and not remembered.
+
+    Raises ValueError for a `decay` outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"averaged({decay}): expected a number from 0 to below 1")
+    return _Averaged(decay)
+
+
+@dataclass
+class _Averaged:
+    """A function that remembers, and can be pickled."""
+
+    decay: float
+    logs: Tensor | None = None
+    """(2, K) means of the logarithms; NaN where nothing was seen yet."""
+
+    def __call__(self, gram: Gram) -> tuple[Tensor, Tensor]:
+        squares = torch.stack([gram.ww, gram.ll])
+        fresh = squares.log() / 2
+        old = torch.full_like(fresh, torch.nan) if self.logs is None or self.logs.shape != fresh.shape else self.logs.to(fresh)
+        mean = torch.where(old.isnan(), fresh, self.decay * old + (1 - self.decay) * fresh)
+        seen = fresh.isfinite()
+        finite = (gram.ww + gram.wl + gram.ll).isfinite()  # a step that is left out is not remembered
+        self.logs = torch.where(seen & finite, mean, old)
+        a, b = torch.where(seen, torch.exp(-mean), 0.0)
+        return _unless_parallel(gram, a, -b)
+
+    def __repr__(self) -> str:
+        return f"averaged({self.decay})"
+
+
 def difference(gram: Gram) -> tuple[Tensor, Tensor]:
     """The rule "sum": the plain sum of the gradients of L_w and -L_l, (1, -1), gradient ascent on losers."""
     one = torch.ones_like(gram.ww)
@@ -228,6 +312,7 @@ RULES: dict[str, Rule] = {
     "mgda": mgda,
     "pcgrad": pcgrad,
     "upgrad": upgrad,
+    "gru": gru,
     "watch": watch,
 }
 """Rules by the names that `PairedGradient(base, "orthogonal")` takes."""

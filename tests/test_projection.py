@@ -205,7 +205,7 @@ def test_the_places_of_the_interval(case):
     torch.testing.assert_close(
         step(interval(0.5), w, x), norm([w]) * step(normalized, w, x), rtol=1e-12, atol=1e-14 * norm([w])
     )
-    if inner([w], [x]) > 0:
+    if inner(w, x) > 0:
         assert inner([step(interval(0), w, x)], [w]) == pytest.approx(0, abs=1e-13 * norm([w]) ** 2)
         almost = step(interval(1 - 1e-12), w, x)
         torch.testing.assert_close(almost, step(orthogonal, w, x), rtol=1e-9, atol=1e-9 * norm([w]))
@@ -317,3 +317,60 @@ def test_watch_changes_nothing():
 def test_unknown_scope():
     with pytest.raises(ValueError, match=r"'layer'; expected one of 'global', 'group', 'tensor'"):
         block_sizes("layer", [1])
+
+
+# ---- rules of others -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_unlearning_is_rectified_against_the_winner(seed):
+    """GRU by its definition: the ascent on L_l, and where it would raise L_w its projection on what does not."""
+    generator = torch.Generator().manual_seed(seed)
+    w, x = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    ascent = -x
+    along = ascent @ w
+    wanted = ascent - torch.minimum(along, torch.zeros(())) / (w @ w) * w
+    torch.testing.assert_close(step(projection.gru, w, x), wanted)
+    if w @ x > 0:
+        torch.testing.assert_close(
+            torch.nn.functional.normalize(wanted, dim=0),
+            torch.nn.functional.normalize(step(projection.interval(0.0), w, x), dim=0),
+        )
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_priority_constrained_descent_is_that_of_torchjd(tau, seed):
+    from torchjd.aggregation import PCD
+
+    generator = torch.Generator().manual_seed(seed)
+    w, x = torch.randn(2, 9, generator=generator, dtype=torch.float64) * torch.tensor([[3.0], [0.2]], dtype=torch.float64)
+    theirs = PCD(tau=tau, beta=0.0, eps=0.0)(torch.stack([w, -x]))
+    torch.testing.assert_close(step(projection.pcd(tau), w, x), theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_norms_may_be_averaged_over_steps():
+    """By hand: log N <- .9 log N + .1 log |g|."""
+    rule, logs = projection.averaged(0.9), None
+    generator = torch.Generator().manual_seed(0)
+    for k in range(5):
+        w, x = torch.randn(2, 9, generator=generator, dtype=torch.float64) * 10.0**k
+        norms = torch.stack([w.norm(), x.norm()]).log()
+        logs = norms if logs is None else 0.9 * logs + 0.1 * norms
+        torch.testing.assert_close(step(rule, w, x), w / logs[0].exp() - x / logs[1].exp())
+    torch.testing.assert_close(step(projection.averaged(0.0), w, x), step(normalized, w, x))
+
+
+def test_averaged_norms_forget_nothing_for_a_zero_or_a_nan():
+    one = torch.ones(1, dtype=torch.float64)
+    rule = projection.averaged(0.5)
+    rule(Gram(one, 0 * one, 4 * one))
+    assert [x.item() for x in rule(Gram(one, 0 * one, 0 * one))] == [1.0, 0.0]
+    assert rule(Gram(one * torch.nan, one, one))[0].isnan().all()
+    assert [x.item() for x in rule(Gram(one, 0 * one, 4 * one))] == pytest.approx([1.0, -0.5])
+
+
+@pytest.mark.parametrize("make", [lambda: projection.pcd(1.5), lambda: projection.averaged(1.0)])
+def test_parameters_of_rules_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match="expected a number from 0"):
+        make()
