@@ -36,12 +36,14 @@ def entanglement(gram: Gram, d_w: float = 1.0, d_l: float = 1.0) -> dict[str, fl
     one falls iff `<G_w, G_l> <= |G_l|^2`. Other weights are Condition 2; those of SimPO, 1/n_w and 1/n_l, are its length-biased
     form (eq. 11). Blocks of `gram` are added up.
 
-    Returns `entanglement/inner_product`, `/cosine`, `/norm_chosen`, `/norm_rejected` (both the L2 norms),
-    `/condition_chosen`, `/condition_rejected` (1.0 holds, 0.0 does not) and `/case`: 1 chosen up and rejected down,
-    2 both down, 3 both up, and 4 chosen down and rejected up, which cannot be unless a weight is negative. `/band_low` and
-    `/band_high` are the ratios d_l / d_w between which both go the right way, [wl/ll, ww/wl]; the latter is there where
-    `<G_w, G_l>` is positive, and any ratio above the former does otherwise (RC's band, arXiv:2604.18239). Reading the numbers
-    waits for the device.
+    Returns these numbers, which wait for the device, under `entanglement/`:
+
+    - `inner_product`, `cosine`, and the L2 norms `norm_chosen` and `norm_rejected`;
+    - `condition_chosen`, `condition_rejected`: 1.0 holds, 0.0 does not;
+    - `case`: 1 chosen up and rejected down, 2 both down, 3 both up, 4 chosen down and rejected up. The last one needs a
+      negative weight;
+    - `band_low` and `band_high`: the ratios d_l / d_w between which both go the right way, [wl/ll, ww/wl] (RC's band,
+      arXiv:2604.18239). `band_high` is there where `<G_w, G_l>` is positive; else any ratio above `band_low` does.
 
     >>> import torch
     >>> x = lambda v: torch.tensor([v], dtype=torch.float64)
@@ -102,7 +104,7 @@ def probe(
     """Watch the step inside the `with` block, whatever optimizer takes it, by two backward passes before it.
 
     `chosen` and `rejected` return a and b of a batch as scalars with a graph (or parts of them, one a micro-batch, that are
-    added up), and do so again, without gradients, behind the block. Gradients that parameters hold already are put back. It
+    added up), and do so again, without gradients, after the block. Gradients that parameters hold already are put back. It
     keeps both gradients and a copy of the parameters until then. With `process_group`, and under torch.distributed, it is a
     collective, like a step; the values are those of the rank's own batch.
 
@@ -214,9 +216,9 @@ def _names(tensors: Gram, model: nn.Module | Iterable[tuple[str, Tensor]] | Sequ
 def weights(loss: Callable[..., Tensor], pairs: Pairs, **hyperparameters: Any) -> tuple[Tensor, Tensor]:
     """(d_w, d_l) = (-dL/da, dL/db) of a loss of pairs, each (B,), per nat: eq. 7 and 8 of "gradient entanglement".
 
-    Descent on a pair's loss moves along `d_w G_w - d_l G_l`, so `entanglement(gram, d_w, d_l)` speaks about it; some losses
+    Descent on a pair's loss moves along `d_w G_w - d_l G_l`, so `entanglement(gram, d_w, d_l)` speaks about it. Some losses
     turn a weight negative (IPO beyond its margin) or to 0 (a hinge that is met). `loss` is an entry
-    of `LOSSES` or any function like them, and gets `hyperparameters`. No gradient is left behind; a completion without tokens
+    of `LOSSES` or any function like them, and gets `hyperparameters`. No gradient is left; a completion without tokens
     has the weight 0. Raises ValueError if the loss is not one number a pair.
 
     >>> from ogdopt.losses import LOSSES

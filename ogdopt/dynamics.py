@@ -1,7 +1,7 @@
 """How the examples of a preference lie in feature space, which says how fast it is learned.
 
-After "learning dynamics of alignment" (Im and Li 2024, "LD"): embeddings are last hidden states behind the final norm, at the
-prompt's last token, and a behaviour is two classes of prompts, whose preferred answers are "Yes" and "No".
+After "learning dynamics of alignment" (Im and Li 2024, "LD"). Embeddings are last hidden states after the final norm, at the
+prompt's last token. A behaviour is two classes of prompts, whose preferred answers are "Yes" and "No".
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from torch import Tensor
 def separation(positive: Tensor, negative: Tensor, boundary: Tensor | None = None) -> dict[str, float]:
     """How far apart two classes of embeddings lie, (n, d) and (m, d), and how concentrated each is. LD, section 4.
 
-    `dynamics/distinguishability` is the norm of the difference of their means, `dynamics/concentration` the largest variance in
-    any direction of either class, `dynamics/trace` the larger of their total variances, and `dynamics/spread` the concentration
-    over the squared distinguishability, which has no unit: smaller is better separated. With `boundary`, (d,), the difference
-    of the two answers' rows of the unembedding, `dynamics/boundary_cosine` is its cosine with the difference of the means.
+    - `dynamics/distinguishability`: the norm of the difference of their means.
+    - `dynamics/concentration`: the largest variance in any direction of either class.
+    - `dynamics/trace`: the larger of their total variances.
+    - `dynamics/spread`: the concentration over the squared distinguishability, without a unit; smaller is better separated.
+    - `dynamics/boundary_cosine`: the cosine of `boundary`, (d,), with the difference of the means. `boundary` is the difference
+      of the two answers' rows of the unembedding.
+
     Raises ValueError unless both are matrices of equal width with rows.
     """
     for name, x in (("positive", positive), ("negative", negative)):

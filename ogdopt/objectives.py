@@ -1,4 +1,4 @@
-"""Which loss now: schedules for two or more named objectives, such as preference tuning beside supervised fine-tuning.
+"""Which loss now: schedules for two or more named objectives, such as preference tuning and supervised fine-tuning.
 
     weights w, one an objective, that sum to one; optima f* (paper "joint SFT and DPO", with w = (lambda, 1 - lambda))
 
@@ -7,15 +7,15 @@
     MaxGapObjective        steps on   f_i,  i = argmax w_i (f_i - f*_i)  (16, 17)  MAXRIGHT: the objective furthest from done
     SequentialObjective    steps on   f_1, then f_2                 (7, 8)    forgets the first
 
-Calling one with a closure for every objective runs those that the step needs and returns the loss to backpropagate; what
-is alternated is never multiplied by its weight, since that would count the weight twice. The last three choose one objective
-a step, and the choice can be had without a loss, for steps that are more than one:
+Calling one with a closure for every objective runs those that the step needs, and returns the loss to backpropagate. What is
+alternated is never multiplied by its weight, since that would count the weight twice. The last three choose one objective a
+step. `choose` gives the choice without a loss:
 
     if objective.choose() == "preference":
         opt.step(winner, loser)
     else:
         opt.step(sft)
-    objective.observe(...)      # MaxGapObjective alone wants to know the loss
+    objective.observe(...)      # only MaxGapObjective needs to know the loss
 
 Several ranks choose alike, because the choice depends only on what they share: the step, the seed and losses averaged
 over ranks.
@@ -170,8 +170,8 @@ class AlternatingObjective(OneAtATime):
     """ALRIGHT: each step belongs to one objective, drawn with its weight (paper "joint SFT and DPO", algorithm 2).
 
     The expected gradient is that of `MixedObjective` (equation (11)), at the price of one objective a step. The draw is a
-    hash of the seed and the step, so that all ranks (given the same seed) and a run that was resumed agree on it without a
-    message or a generator's state. Raises ValueError for a seed that is no integer.
+    hash of the seed and the step. So all ranks with the same seed, and a resumed run, agree on it without a message.
+    Raises ValueError for a seed that is no integer.
 
     >>> objective = AlternatingObjective({"preference": 0.7, "sft": 0.3}, seed=0)
     >>> [objective.choose() for _ in range(5)]
@@ -245,9 +245,8 @@ class MaxGapObjective(OneAtATime):
 
     A loss that is not finite keeps the objective's last known gap; ValueError where there is none, at the first evaluation.
 
-    Under torch.distributed the losses are averaged over the ranks of `process_group` (None: all of them), with equal weight:
-    by one message of one number a step, and one more for all objectives together at evaluations. Every rank must therefore
-    take part in every step.
+    Under torch.distributed the losses are averaged over the ranks of `process_group` (None: all of them), with equal weight.
+    That takes one message of one number a step, and one more at evaluations. So every rank must take part in every step.
 
     Raises ValueError for optima that are missing, unknown or not finite, and for `evaluate_every` below 1.
 

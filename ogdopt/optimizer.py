@@ -1,8 +1,8 @@
 """Two gradients, one step: a torch optimizer around any other that mixes a winner's and a loser's gradient by a rule.
 
-The loser's backward runs first and its gradient waits by reference; the winner's follows, so the two graphs never
-coexist; the Gram numbers of the two decide the coefficients; the mixture is formed in the winner's own memory, clipped by
-a norm that those numbers already hold, and handed to the base optimizer as `p.grad`.
+The loser's backward runs first, and its gradient waits by reference. The winner's follows, so the two graphs never coexist.
+The Gram numbers of the two decide the coefficients. The mixture is formed in the winner's own memory and clipped by a norm
+that those numbers already hold. Then the base optimizer gets it as `p.grad`.
 """
 
 from __future__ import annotations
@@ -56,43 +56,37 @@ class _Parts:
 class PairedGradient(Wrapper):
     """Any torch optimizer, stepping on the mixture of two gradients that a rule chooses.
 
-    `base` is the optimizer that steps, or a list of optimizers that share the parameters between them (Muon for matrices, AdamW
-    for the rest), under one projection and one clip. `rule` maps Gram numbers to coefficients (`ogdopt.projection`, or the name
-    of a rule there). The mixture is clipped to an L2 norm of `max_norm` after mixing (None: not at all; a sequence: each
-    parameter group by a limit of its own). `scope` says which tensors share coefficients: all ("global"), those of a parameter
-    group ("group"), or none ("tensor").
+    - `base`: the optimizer that steps, or a list of optimizers under one projection and one clip, e.g. Muon for matrices and
+      AdamW for the rest.
+    - `rule`: maps Gram numbers to coefficients; a function of `ogdopt.projection`, or its name.
+    - `max_norm`: L2 norm that the mixture is clipped to. None: no clipping. A sequence has one limit a parameter group.
+    - `scope`: which tensors share coefficients. "global": all; "group": those of a parameter group; "tensor": none.
+    - `metric`: which change keeps the rule's promise. "euclidean", the paper's: the gradient that the base gets. "optimizer":
+      what the base makes of it, for RMSprop, Adam, AdamW, Adagrad and SGD, with momentum and weight decay (`ogdopt.metric`).
+      That needs the orthogonal rule, and a few more passes over the gradients.
+    - `set_aside`: how the loser's gradient waits. None: by reference. `torch.bfloat16` or "int8" (blocks of 256 with a scale):
+      rounded. "cpu": in the host's memory. "recompute": not at all; the winner's closure then runs twice.
+    - `measure_change`: the report says what the step did to both losses. It clones the parameters for that.
+    - `fused`: products, mixture, clipping and the update of RMSprop, Adam, AdamW and SGD are two compiled passes over memory
+      (`ogdopt.fused`), equal to the others within rounding. The first step compiles, a second in float32 on a CPU and longer
+      elsewhere. What cannot be fused falls back to the unfused step and warns; `unfused` keeps the reason.
+    - `on_nonfinite`: what an infinite or NaN gradient or loss does. "skip" leaves the step out, clears the gradients and counts
+      it in `skipped_steps`. "raise" raises NonFiniteGradient.
+    - `process_group`: the ranks that hold plain local shards (FSDP1). If each rank trains its own model, pass a group of one.
+    - `model`: is asked for DDP's and FSDP1's no_sync() when a side closes, and names parameters in warnings. FSDP2 is asked
+      without it.
+    - `remember`: maps "loser", or a preserved name, to what is kept of its gradients from step to step (`ogdopt.memory`). The
+      step respects that too: `{"loser": Remembered(0.95), "facts": Remembered(form="int8")}`.
 
-    `metric` says which change of the parameters keeps the rule's promise: "euclidean", the paper's, is about the gradient
-    that the base gets; "optimizer" about what the base makes of it, for RMSprop, Adam, AdamW, Adagrad and SGD with momentum
-    and weight decay (`ogdopt.metric`), at the price of a few more passes over the gradients. It needs the orthogonal rule.
+    Under torch.distributed `step()` and `project()` are collectives, which every rank of the group calls. DTensor gradients are
+    counted by their placements. Plain ones are copies that must agree. Every rank takes the same decision. step() raises
+    GradientError on all of them for copies that differ, for shards that are copies, and for a side left empty.
 
-    `set_aside` says how the loser's gradient waits: None by reference, `torch.bfloat16` or "int8" (blocks of 256 with a
-    scale) rounded, "cpu" in the host's memory, or "recompute": not at all, at the price of a second pass of the winner's
-    closure. With `measure_change` the report says what the step did to both losses (it clones the parameters for it).
+    Parameter groups, state and checkpoints are the base's own. `state_dict()` is interchangeable with the bare base's. Options
+    may be set later as attributes; each is checked as here.
 
-    With `fused` the inner products, the mixture with its clipping and, for RMSprop, Adam, AdamW and SGD, the base's update are
-    two compiled passes over memory (`ogdopt.fused`), equal to the others within rounding. The first step takes a second to
-    compile in float32 on a CPU, longer elsewhere. What cannot be fused falls back to the unfused step and warns; `unfused`
-    keeps the reason.
-
-    `on_nonfinite` says what happens when a gradient or loss is infinite or NaN: "skip" leaves the step out, clears the
-    gradients and counts it in `skipped_steps`; "raise" raises NonFiniteGradient.
-
-    Under torch.distributed `step()` and `project()` are collectives: every rank of the group calls them, DTensor gradients
-    are counted by their placements, and plain ones are copies that must agree. Every rank takes the same decision; step()
-    raises GradientError on all of them for copies that differ, for shards that are copies, and for a side left empty.
-    `process_group` is for gradients that are plain local shards (FSDP1). If each rank trains a model of its own, pass a group
-    of one. `model`, if given, is looked into when a side closes, for DDP's and FSDP1's no_sync() (FSDP2 is asked
-    without it), and names parameters in warnings.
-
-    `remember` maps "loser", or the name of something that is preserved, to what is remembered of its gradients from step to
-    step (`ogdopt.memory`). The step respects that too: `{"loser": Remembered(0.95), "facts": Remembered(form="int8")}`.
-
-    Parameter groups, state and checkpoints are the base's own: `state_dict()` is interchangeable with the bare base's.
-    Options may be set later as attributes; each is checked as here.
-
-    Raises TypeError for a base that is no optimizer, that cannot step without a closure (LBFGS) or needs sparse gradients, and
-    for an unknown option; ValueError for an option out of range.
+    Raises TypeError for an unknown option, and for a base that is no optimizer, needs a closure (LBFGS) or needs sparse
+    gradients. Raises ValueError for an option out of range.
     """
 
     rule: Option[Rule] = Option("Maps Gram numbers to the two coefficients.")
@@ -353,9 +347,9 @@ class Counters:
 class ProjectedGradient(PairedGradient):
     """Orthogonal gradient descent around any torch optimizer: the winner's likelihood goes up, the loser's does not.
 
-    Takes `base` and the options of `PairedGradient`; the rule is `projection.orthogonal` (Definition 4.1). The guarantees
-    of theorems 5.3 and 5.4 are for the direction that is handed to the base; a base that rescales it element by element
-    (RMSprop, Adam) or adds momentum or weight decay keeps them only approximately, unless `metric="optimizer"`.
+    Takes `base` and the options of `PairedGradient`; the rule is `projection.orthogonal` (Definition 4.1). The guarantees of
+    theorems 5.3 and 5.4 are for the direction that the base gets. A base that rescales it element by element (RMSprop, Adam),
+    or adds momentum or weight decay, keeps them only approximately. `metric="optimizer"` keeps them for the change itself.
 
     >>> import torch
     >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))

@@ -1,8 +1,7 @@
 """How a loser's gradient waits for the winner's: by reference, or packed into fewer bytes tensor by tensor.
 
-Both inner products and the mixture are taken with what is stored, so that the result is exactly orthogonal to the stored
-gradient; the rounding is nearly independent of it, which leaves an angle to the true one that is 100 to 1000 times smaller
-than the rounding itself.
+Both inner products and the mixture use what is stored, so that the result is exactly orthogonal to the stored gradient. The
+rounding is nearly independent of it. So the angle to the true gradient is 100 to 1000 times smaller than the rounding itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The 3D-properties of a run: drastic drop of the rejected answers' likelihood, degradation into unlearning, dispersion.
 
-After "3D-properties" (Yan et al. 2024), whose measures are of probabilities: the loss of DPO pulls log-likelihoods up and down
-alike, so that its gradient with respect to the *probabilities* is 1/pi+ and 1/pi- of the same number.
+After "3D-properties" (Yan et al. 2024), whose measures are of probabilities. The loss of DPO pulls log-likelihoods up and down
+alike. So its gradient with respect to the *probabilities* is 1/pi+ and 1/pi- of the same number.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ class ThreeD:
         """Take in log-likelihoods, nats, and the probability of unseen answers; returns the measures that are defined.
 
         `weights` are (d_w, d_l) of `diagnostics.weights`, equal for DPO. Of the gradient with respect to the two probabilities,
-        d_w/pi+ acts on the chosen and d_l/pi- on the rejected one: `3d/log_gradient_ratio` is the logarithm of the second over
-        the first (3D, corollary 1) and `3d/chosen_share` the first over their sum. `3d/rate_chosen`, `3d/rate_rejected` are in
-        nats a step, `3d/rate_ratio` is the second over the first; `3d/chosen_drop` is the distance below the peak in nats,
-        `3d/unseen` the probability of unseen answers and `3d/unseen_change` its change since its least value.
+        d_w/pi+ acts on the chosen and d_l/pi- on the rejected one.
+
+        - `3d/log_gradient_ratio`: the logarithm of the second over the first (3D, corollary 1).
+        - `3d/chosen_share`: the first over their sum.
+        - `3d/rate_chosen`, `3d/rate_rejected`: in nats a step. `3d/rate_ratio`: the second over the first.
+        - `3d/chosen_drop`: the distance below the peak, in nats.
+        - `3d/unseen`: the probability of unseen answers. `3d/unseen_change`: its change since its least value.
         """
         self._seen = [*self._seen[-self.window :], (step, chosen, rejected)]
         found: dict[str, float] = {}
