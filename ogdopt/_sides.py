@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ CHANGED = (
 )
 
 
+APART = (
+    "two paired optimizers collect the same backward passes, and each projects its own parameters by itself. For one projection "
+    "over all of them give the bases to one: ProjectedGradient([muon, adamw])"
+)
+
+
 @dataclass
 class Mixture:
     """What `p.grad` was made of, for what is still to do once it has been stepped on."""
@@ -53,6 +60,7 @@ class Sides:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.running: bool = False
+        _ALL.add(self)
         self.forget()
 
     def forget(self) -> None:
@@ -103,6 +111,8 @@ class Sides:
         for p, g in held.items():
             p.grad = None if packing else g
         self.active = side
+        if any(other.active for other in _ALL if other is not self) and self.setup.once("apart"):
+            warn(APART)
         hooks = self.on_gradients(self._pack) if packing else []
         try:
             yield
@@ -311,6 +321,9 @@ class Sides:
             numbers = [tuple(f"{x:.6g}" for x in row) for row in blocks.ranks[:4, :3].tolist()]
             why = NO_GRADIENT if code in (1, 2, 5) else f"The first ranks' |g_w|^2, <g_w, g_l>, |g_l|^2: {numbers}"
             raise GradientError(f"{FAULTS[code]}. {why}")
+
+
+_ALL: weakref.WeakSet[Sides] = weakref.WeakSet()
 
 
 def backward(side: Side, loss: Any) -> None:

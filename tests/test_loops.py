@@ -446,6 +446,18 @@ def test_what_several_optimizers_cannot_do_is_refused_by_name(make, error, messa
         make(nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)))
 
 
+def test_two_optimizers_that_each_project_by_themselves_are_told_of_the_other_way():
+    model, _, winner, loser = toy()
+    one, two = (ProjectedGradient(base) for base in bases_of(model))
+    with pytest.warns(UserWarning, match=r"give the bases to one: ProjectedGradient\(\[muon, adamw\]\)") as told:
+        with one.loser(), two.loser():
+            loser().backward()
+        with one.winner(), two.winner():
+            winner().backward()
+    assert len(told) == 1
+    assert one.step().coefficients != two.step().coefficients
+
+
 def test_one_optimizer_in_a_list_is_that_one():
     base = SGD([nn.Parameter(torch.ones(2))])
     assert ProjectedGradient([base]).base is base
