@@ -1,13 +1,16 @@
-"""How long the sentences of a text are: `python tests/prose.py README.md docs/*.md` prints words a sentence.
+"""How long the sentences of a text are: `python tests/prose.py README.md docs/*.md` prints words a sentence, and of --help.
 
 Prose is paragraphs and list items. Code, tables, headings and formulas are left out; a piece of code in a sentence is one word.
 """
 
+import ast
+import inspect
 import re
 import statistics
 import sys
 from pathlib import Path
 
+HARNESS = Path(__file__).parents[1] / "harness" / "ogdopt_harness"
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
 NO_PROSE = re.compile(r"^(#|\||:::|<!--|\[[^\]]+\]: | {4,}\S)")
 """Lines that are headings, table rows, directives, comments, targets of links, or indented formulas."""
@@ -59,6 +62,23 @@ def long(markdown: str, words: int) -> list[str]:
     return [f"{count}: {sentence}" for count, sentence in lengths(markdown) if count > words]
 
 
+def help_texts() -> dict[str, str]:
+    """What --help says of every option and section: the docstrings of the dataclasses that hold the options, by name."""
+    found: dict[str, str] = {}
+    for path in sorted(path for package in ("config", "commands") for path in (HARNESS / package).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+                found[node.name] = ast.get_docstring(node) or ""
+                for before, after in zip(node.body, node.body[1:]):
+                    if (
+                        isinstance(before, ast.AnnAssign)
+                        and isinstance(after, ast.Expr)
+                        and isinstance(after.value, ast.Constant)
+                    ):
+                        found[f"{node.name}.{ast.unparse(before.target)}"] = inspect.cleandoc(str(after.value.value))
+    return found
+
+
 def main(paths: list[str]) -> None:
     """Print one line a page and one for all, then the longest sentences."""
     everything: list[tuple[int, str, str]] = []
@@ -66,7 +86,8 @@ def main(paths: list[str]) -> None:
         found = lengths(Path(path).read_text(encoding="utf-8"))
         everything += [(count, path, sentence) for count, sentence in found]
         show(path, [count for count, _ in found])
-    show("all", [count for count, _, _ in everything])
+    show("all pages", [count for count, _, _ in everything])
+    show("--help", [count for text in help_texts().values() for count, _ in lengths(text)])
     for count, path, sentence in sorted(everything, reverse=True)[:40]:
         if count > 25:
             print(f"{count:4} {path}: {sentence}")

@@ -95,6 +95,13 @@ def test_sentences_are_short(name):
     assert len(counts) >= 5 and prose.percentile(counts, 0.9) <= 25 and max(counts) <= 30, prose.long(PAGES[name], 25)
 
 
+def test_sentences_of_help_are_short():
+    texts = prose.help_texts()
+    counts = [count for text in texts.values() for count, _ in prose.lengths(text)]
+    assert texts["StageConfig.max_grad_norm"].startswith("Largest L2 norm") and len(counts) >= 100
+    assert prose.percentile(counts, 0.9) <= 22, [found for text in texts.values() for found in prose.long(text, 22)]
+
+
 def test_the_measure_of_prose_sees_sentences_and_not_code():
     page = (
         "# A title of many words\n\nOne `a b` word. And\nthree more! (See e.g. this.)\n\n- An item.\n\n```sh\nno prose\n```\n"
