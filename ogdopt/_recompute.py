@@ -1,4 +1,4 @@
-"""`set_aside="recompute"`: the winner's pass runs twice, so that its gradient and the loser's never wait beside each other.
+"""`set_aside="recompute"`: the winner's pass runs twice, so that its gradient and the loser's never wait together.
 
 The first pass measures each tensor's gradient as it appears and drops it; the second adds it onto the loser's, which is by
 then multiplied by b/a. Where each tensor is a block of its own, all is known at once, and the first pass mixes.

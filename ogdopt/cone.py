@@ -29,7 +29,7 @@ from torch import Tensor
 from ogdopt.gram import ratio
 
 MOST = 8
-"""Gradients beside the winner's that can be asked for: 2^8 linear systems a block."""
+"""Gradients besides the winner's that can be asked for: 2^8 linear systems a block."""
 DEPENDENT = 1e-14
 """sin^2 of the angle between a constraint and the others under which the numbers cannot tell it from them."""
 LOOSE = 1e-6

@@ -103,8 +103,8 @@ def probe(
 ) -> Iterator[Probe]:
     """Watch the step inside the `with` block, whatever optimizer takes it, by two backward passes before it.
 
-    `chosen` and `rejected` return a and b of a batch as scalars with a graph (or parts of them, one a micro-batch, that are
-    added up), and do so again, without gradients, after the block. Gradients that parameters hold already are put back. It
+    `chosen` and `rejected` return a and b of a batch as scalars with a graph, or parts of them that are added up, one a
+    micro-batch. They run again, without gradients, after the block. Gradients that parameters hold already are put back. It
     keeps both gradients and a copy of the parameters until then. With `process_group`, and under torch.distributed, it is a
     collective, like a step; the values are those of the rank's own batch.
 
@@ -136,7 +136,7 @@ def _sum(value: Tensor | Iterable[Tensor]) -> float:
 def token_products(logps: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Inner products of the gradients of tokens' log-probabilities, (T, T), float64, symmetric to the bit.
 
-    `logps`, (T,), has a graph, for example the tokens of the chosen answer and behind them those of the rejected one; sums of
+    `logps`, (T,), has a graph, for example the tokens of the chosen answer and after them those of the rejected one. Sums of
     blocks are then the products of the whole answers' gradients. It is one batch of vector-Jacobian products, which keeps T
     gradients, so give the parameters of a few layers or adapters for a large model.
 

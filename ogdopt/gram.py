@@ -107,14 +107,14 @@ def gram(
 ) -> Gram:
     """Gram numbers of two lists of gradients, one entry a tensor: `ww`, `wl`, `ll` of shape (P,), float64.
 
-    `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Under torch.distributed the ranks' numbers
-    are added by one all-reduce of 5P numbers and 6 for each rank, each tensor's divided by how many ranks hold the same
-    part of it: shards (DTensors, or plain tensors with `process_group`) add up, copies (replicated DTensors, plain tensors
+    `winner[i]` and `loser[i]` belong to one parameter; None counts as zeros. Under torch.distributed one all-reduce of 5P
+    numbers, and 6 for each rank, adds the ranks' numbers. Each tensor's are divided by how many ranks hold the same part of it.
+    So shards (DTensors, or plain tensors with `process_group`) add up, and copies (replicated DTensors, plain tensors
     otherwise) are averaged. A `loss` that is not finite turns the first `ww` into NaN, so that a step is judged by its loss
-    too, on every rank alike. The same message carries what `fault` tells: copies that differ, shards that are copies, and a
+    too, on every rank alike. The same message carries what `fault` finds: copies that differ, shards that are copies, and a
     side that is `expected` and has a gradient on no rank. `device` is where a rank that holds no gradient at all takes part.
-    `rows` are `products` that were taken before; beside a sequence of them the winner's list only says which gradients there
-    are and how they lie. `further` are more lists of gradients, whose products with all others are in `every`.
+    `rows` are `products` that were taken before; with a sequence of them the winner's list only says which gradients there are
+    and how they lie. `further` are more lists of gradients, whose products with all others are in `every`.
 
     Raises ValueError for lists without a gradient where no other rank can have one, and for a DTensor mesh that is not the
     whole group.

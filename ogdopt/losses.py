@@ -266,9 +266,9 @@ def kto_unpaired(
 
     weight (1 - sigmoid(beta (r - z_ref))) where `desirable` (B,) is True, weight (1 - sigmoid(beta (z_ref - r))) elsewhere,
     with r the log-ratio to `ref` (B,), nats. `z_ref` (a number or a tensor that broadcasts to (B,)) is the KL divergence from
-    the reference in nats, without gradient: the paper estimates it from mismatched answers, max(0, mean log-ratio). None takes
-    that mean over this batch's own completions, which costs no passes but is biased, and makes the loss of a completion depend
-    on the (micro-)batch that it is in.
+    the reference in nats, without gradient. The paper estimates it from mismatched answers, max(0, mean log-ratio). None uses
+    that mean over this batch's own completions. It costs no passes but is biased, and makes the loss of a completion depend on
+    the (micro-)batch that it is in.
     """
     log_ratio = completion.logp - ref
     z = _divergence(log_ratio) if z_ref is None else z_ref
@@ -314,8 +314,8 @@ def sparse(
     """Sparse preference optimization, DPO on the tokens whose significance w is positive, plus l1 times the sum of |w|, (B,).
 
     -log sigmoid(beta (sum_i on(w_i) (a_i - A_i) of the chosen - the same of the rejected)), where on(w) = 1[w > 0] is softened
-    to sigmoid(steepness w). `significance` is what is learnt beside the policy, one number a token of the chosen and of the
-    rejected completion, each (B, T); `reference` holds the same completions' tokens under the reference policy. GE, section
+    to sigmoid(steepness w). `significance` is learned together with the policy: one number a token of the chosen and of
+    the rejected completion, each (B, T). `reference` holds the same completions' tokens under the reference policy. GE, section
     5.2; the threshold and what w is a function of are our reading of the text.
     """
     terms, cost = [], pairs.chosen.logps.new_zeros(())

@@ -1,15 +1,15 @@
 """Projection in the base optimizer's own metric, so that the parameter change itself keeps theorems 5.3 and 5.4.
 
 RMSprop and its relatives change a parameter by -P x, with x the gradient they get and P = lr/(sqrt(v) + eps) element by
-element; P is positive, but <P u, g_l> is not <u, g_l>, so that an update that is orthogonal to g_l before it need not be
-after it. Two repairs, both for the optimizer as it is:
+element. P is positive, but <P u, g_l> is not <u, g_l>. So an update that is orthogonal to g_l before it need not be after
+it. Two repairs, both for the optimizer as it is:
 
 - `coefficients` finds the c >= 0 with <P(u) u, g_l> = 0 for u = g_w - c g_l, where P(u) holds the second moment of this very
   step. Since P(u) u has the signs of u, any root keeps both theorems: <P u, g_w> = <P u, u> + c <P u, g_l> >= 0.
 - `correct` acts on what old momentum and weight decay add to that. After the step it replaces the applied change r by the
-  nearest one, in the metric P, with <r, g_l> <= 0 and <r, g_w> >= delta: r + p P g_w - q P g_l with p, q >= 0. The moments
-  that the base keeps are left as they are. delta is the descent of this step's own gradient, so that what is left is
-  strict: old momentum may not cost the winners anything.
+  nearest one, in the metric P, with <r, g_l> <= 0 and <r, g_w> >= delta. That is r + p P g_w - q P g_l with p, q >= 0. The
+  moments that the base keeps are left as they are. delta is the descent of this step's own gradient: old momentum may not
+  cost the winners anything.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class MixedObjective(Objective):
 
 
 class OneAtATime(Objective):
-    """A schedule whose every step belongs to one objective: `choose` says to which, `observe` hears what it lost."""
+    """A schedule whose every step belongs to one objective: `choose` says to which, `observe` gets its loss."""
 
     chosen: str | None = None
 
@@ -234,11 +234,11 @@ class _Message(NamedTuple):
 class MaxGapObjective(OneAtATime):
     """MAXRIGHT: each step belongs to the objective with the largest weighted gap `w_i (f_i - f*_i)`.
 
-    Paper "joint SFT and DPO", equations (16)-(19), algorithm 3 and appendix C. At step 0 and every `evaluate_every` steps
-    all objectives that have a weight are evaluated without a graph (in the mode that the model is in), then the winner is
-    run with one. In between the last known gaps decide, of which each step renews its own. `evaluate_every=1` is algorithm 3;
-    with None or -1 only the first step evaluates. Equal gaps: the first name in alphabetical order. The winner's closure runs
-    twice in a step that evaluates: draw its batch outside of it, so that both see the same.
+    Paper "joint SFT and DPO", equations (16)-(19), algorithm 3 and appendix C. At step 0 and every `evaluate_every` steps all
+    objectives that have a weight are evaluated without a graph, in the mode that the model is in. Then the one with the largest
+    gap is run with a graph. In between the last known gaps decide, of which each step renews its own. `evaluate_every=1` is
+    algorithm 3; with None or -1 only the first step evaluates. Equal gaps: the first name in alphabetical order. That one's
+    closure runs twice in a step that evaluates: draw its batch outside of it, so that both see the same.
 
     `optima` are the least values f* that the losses can reach, or estimates of them; None takes 0 for all, which is right for
     losses that can reach it. An estimate above the loss makes a negative gap, which is compared like any other.

@@ -283,7 +283,7 @@ class PairedGradient(Wrapper):
                 'and overflowing activations, or use on_nonfinite="skip"'
             )
 
-    # ---- what is its own beside the base's -------------------------------------------------------------------------------
+    # ---- what is its own besides the base's ------------------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
@@ -415,7 +415,7 @@ def _closures(
     """(winner, loser) from all ways of giving them; raises TypeError for what is none."""
     if closure is not None:
         if winner is not None:
-            raise TypeError("step() got closure= beside a winner; closure is torch's name for the same, so give one of them")
+            raise TypeError("step() got closure= and a winner; closure is torch's name for the same, so give one of them")
         winner = closure
     if isinstance(winner, Sequence):
         if loser is not None or len(winner) != 2:

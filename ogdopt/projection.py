@@ -1,7 +1,7 @@
 """Rules: pure functions from the Gram numbers of two gradients to the coefficients that mix them.
 
-A rule gets a `Gram` whose entries are blocks (one for the whole model, or one a parameter group or tensor) and returns
-`(a, b)` of the same shape: the step's gradient is `a g_w + b g_l`.
+A rule gets a `Gram` whose entries are blocks: one for the whole model, or one a parameter group or tensor. It returns `(a, b)`
+of the same shape. The step's gradient is `a g_w + b g_l`.
 
     orthogonal   (1, -max(0, wl)/ll)         OGD: the winner's gradient without the part that would also help the loser
     normalized   (1/|g_w|, -1/|g_l|)         the difference of the unit vectors
@@ -19,8 +19,8 @@ projection of g_w on the half-space {v : <v, g_l> <= 0}. Therefore, for the step
     the loser's loss does not fall:    <-eta u, g_l> = eta max(0, -wl) >= 0             (theorem 5.4)
 
 Every rule returns NaN where the numbers are not finite, and leaves a zero gradient out (MGDA then stands still, as by its
-definition). Where the gradients are parallel, all rules but sum and watch return (0, 0): what is left of their mixture
-there is rounding noise, which an adaptive optimizer would blow up to full steps. The numbers hold for gradients of norms
+definition). Where the gradients are parallel, all rules but sum and watch return (0, 0). What is left of their mixture there
+is rounding noise, which an adaptive optimizer would blow up to full steps. The numbers hold for gradients of norms
 from 1e-150 to 1e150, where their squares fit float64.
 """
 
@@ -92,9 +92,13 @@ def normalized(gram: Gram) -> tuple[Tensor, Tensor]:
 def interval(t: float) -> Rule:
     """The rule at place `t` of all directions that raise winners and lower losers, 0 <= t <= 1.
 
-    With wl > 0, `r g_w - g_l` does both exactly for r in [wl/ww, ll/wl]; `t` runs through it geometrically. t = 1 is OGD
-    (the loser stays, the winner rises most), t = 1/2 has the direction of `normalized`, t = 0 leaves the winner where it is
-    and lowers the loser. With cos+ = max(0, cosine) the coefficients are `(1, -|g_w|/|g_l| cos+^(2t-1))` from t = 1/2 on and
+    With wl > 0, `r g_w - g_l` does both exactly for r in [wl/ww, ll/wl]; `t` runs through it geometrically.
+
+    - t = 1 is OGD: the loser stays, and the winner rises most.
+    - t = 1/2 has the direction of `normalized`.
+    - t = 0 leaves the winner where it is, and lowers the loser.
+
+    With cos+ = max(0, cosine) the coefficients are `(1, -|g_w|/|g_l| cos+^(2t-1))` from t = 1/2 on and
     `(cos+^(1-2t), -|g_w|/|g_l|)` below, which is continuous also where the gradients conflict.
 
     Raises ValueError for a `t` outside [0, 1].
@@ -127,8 +131,8 @@ class _Interval:
 def scaled(rule: Rule, factor: Tensor | float) -> Rule:
     """The rule with both coefficients times `factor`.
 
-    Normalized preference optimization steps by `kappa (G_w/|G_w| - G_l/|G_l|)` with the weight kappa of a loss, which
-    `diagnostics.weights` has: for DPO beta sigmoid(-beta d) of a pair, or its mean over a batch.
+    Normalized preference optimization steps by `kappa (G_w/|G_w| - G_l/|G_l|)` with the weight kappa of a loss.
+    `diagnostics.weights` has kappa. For DPO it is beta sigmoid(-beta d) of a pair, or the mean over a batch.
 
     >>> import torch
     >>> one = torch.ones((), dtype=torch.float64)
@@ -287,8 +291,8 @@ def _checked(gram: Gram, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def block_sizes(scope: Scope, group_sizes: Sequence[int]) -> list[int]:
     """How many consecutive tensors form a block of the projection, for parameter groups of `group_sizes` tensors.
 
-    "global" is the paper; "group" and "tensor" project block by block, which keeps both theorems (the sums of what holds
-    in each block) at the price of a shorter descent on the winner's loss.
+    "global" is the paper. "group" and "tensor" project block by block. That keeps both theorems, since they hold in each block,
+    at the price of a shorter descent on the winner's loss.
 
     Raises ValueError for an unknown scope.
 

@@ -24,7 +24,7 @@ class Joint(NamedTuple):
     """How a step respected several gradients."""
 
     names: tuple[str, ...]
-    """Of the gradients beside the winner's: the loser, then what is preserved."""
+    """Of the gradients besides the winner's: the loser, then what is preserved."""
     coefficients: Tensor
     """(B, K + 1), the winner's first."""
     grams: Grams

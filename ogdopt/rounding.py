@@ -48,7 +48,7 @@ class Rounding(NamedTuple):
     each: float
     """What every element adds to that."""
     lost: Tensor | float = 0.0
-    """What was measured beside these."""
+    """What was measured besides these."""
 
     def plus(self, other: Rounding) -> Rounding:
         """Both, one after the other; what was measured may have been lost twice in one direction (equal micro-batches)."""

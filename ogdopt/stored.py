@@ -80,7 +80,7 @@ class Stored:
         self.rounding = self.rounding.plus(Rounding(0.0, 0.0, lost))
 
     def _offload(self, flat: Tensor) -> None:
-        """A copy in the host's memory, without waiting for an accelerator, which then tells when it has arrived."""
+        """A copy in the host's memory, without waiting for an accelerator, which then says when it has arrived."""
         pinned = self.device.type == _accelerator()
         self.values = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=pinned)
         self.values.copy_(flat, non_blocking=pinned)

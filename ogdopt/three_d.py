@@ -145,9 +145,9 @@ def replay(
 ) -> tuple[list[dict[str, float]], ThreeD]:
     """The 3D-properties of a run from the lines of its metrics.jsonl: (the measures by step, the watch with its warnings).
 
-    Reads `step`, `eval_logps_mean/chosen`, `eval_logps_mean/rejected` and, where it is logged, `eval_unseen_mass`; a log
-    without means over tokens is read by `eval_logps/...`, and one without held-out pairs by `logps/...`, whose batches differ
-    from step to step. Raises ValueError for a log with none of them.
+    Reads `step`, `eval_logps_mean/chosen`, `eval_logps_mean/rejected` and, where it is logged, `eval_unseen_mass`. A log
+    without means over tokens is read by `eval_logps/...`. One without held-out pairs is read by `logps/...`, whose batches
+    differ from step to step. Raises ValueError for a log with none of them.
     """
     rows, watch = list(rows), ThreeD(thresholds, window)
     for name in NAMES:

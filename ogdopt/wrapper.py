@@ -1,7 +1,7 @@
 """A torch optimizer around another, or around several: groups, state, checkpoints and hooks are the bases' own.
 
-Nothing is copied and nothing is shared by reference: all is read through properties, so that the two cannot come apart when
-a checkpoint or a trainer replaces a group or the state.
+Nothing is copied and nothing is shared by reference: all is read through properties. So the two cannot come apart when a
+checkpoint or a trainer replaces a group or the state.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Wrapper(Optimizer):
 class Several(Optimizer):
     """Several optimizers, each with parameters of its own, that step as one; `Optimizer.__init__` is never called.
 
-    Groups are those of all in turn, and so is a state dict, with parameters numbered through; the state dict, the schedulers
+    Groups are those of all in turn, and so is a state dict, with parameters numbered through. The state dict, the schedulers
     and the groups of each of `bases` stay its own. Raises ValueError for a parameter that two of them have.
     """
 
