@@ -387,14 +387,19 @@ def _whole(written: Sequence[int], *tensors: Any) -> list[Any] | None:
     What is only read and lies otherwise is copied. None where a tensor waits in int8 or in another memory, or where one that is
     `written`, by place, cannot be had in the order of the first.
     """
-    found: list[Any] = [
-        x.whole if isinstance(x, Stored) else x if x is None or type(x) is Tensor else local(x) for x in tensors
-    ]
-    there = [i for i, x in enumerate(tensors) if x is not None]
-    if any(found[i] is None for i in there):
-        return None
-    if all(found[i].is_contiguous() for i in there):
+    found: list[Any] = []
+    flat = True
+    for x in tensors:
+        if x is not None:
+            if type(x) is not Tensor:
+                x = x.whole if isinstance(x, Stored) else local(x)
+                if x is None:
+                    return None
+            flat = flat and x.is_contiguous()
+        found.append(x)
+    if flat:
         return found
+    there = [i for i, x in enumerate(found) if x is not None]
     order = order_of(found[there[0]])
     for i in there:
         turned = found[i].permute(order)

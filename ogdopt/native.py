@@ -25,6 +25,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 FUNCTIONS = ("products", "mix", "rmsprop", "adam", "sgd")
 NUMBERS = 14
 """Of a row: `fused.mixed`'s c, and the update's h, filled up."""
+NONE = (0,) * 5
+"""Addresses of a row without tensors."""
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - names what is the matter
@@ -64,15 +66,15 @@ def fits(*bundle: Any) -> bool:
 
     The loser's gradient may be bfloat16.
     """
-    there = [x for x in bundle if x is not None]
     l = bundle[min(2, len(bundle) - 1)]
-    return all(
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and plain(x)
-        and (x.dtype == torch.float32 or (x is l and x.dtype == torch.bfloat16))
-        for x in there
-    )
+    for x in bundle:
+        if x is None:
+            continue
+        if type(x) is not Tensor or not x.is_cpu or not plain(x):
+            return False
+        if x.dtype is not torch.float32 and not (x is l and x.dtype is torch.bfloat16):
+            return False
+    return True
 
 
 def products(pairs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -99,9 +101,10 @@ def step(name: str, bundles: Sequence[Sequence[Any]], *tables: Tensor) -> None:
 
 def _call(name: str, rows: Sequence[Sequence[Any]], numbers: Tensor) -> None:
     """Rows are a parameter, g_w, g_l and up to two states: native.cpp's Row once their addresses are in."""
-    table = [
-        [*(x.data_ptr() for x in row), *[0] * (5 - len(row)), row[0].numel(), int(row[2].dtype == torch.bfloat16)]
-        for row in rows
-    ]
-    addresses = torch.tensor(table, dtype=torch.int64, device="cpu")
-    getattr(library(), name)(len(rows), addresses.data_ptr(), torch.get_num_threads(), numbers.data_ptr())
+    table: list[int] = []  # one flat list: ten thousand short ones would have the garbage collector look at everything
+    for row in rows:
+        for x in row:
+            table.append(x.data_ptr())
+        table += (*NONE[len(row) :], row[0].numel(), row[2].dtype is torch.bfloat16)
+    given = torch.tensor(table, dtype=torch.int64, device="cpu")
+    getattr(library(), name)(len(rows), given.data_ptr(), torch.get_num_threads(), numbers.data_ptr())

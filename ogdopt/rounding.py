@@ -21,6 +21,7 @@ its share and judges no other. What r is:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class Rounding(NamedTuple):
         return Rounding(self.relative + other.relative, self.each + other.each, lost)
 
 
+@functools.cache
 def of_type(dtype: torch.dtype, roundings: int = CHAIN) -> Rounding:
     """Rounding to a type, so many times.
 
@@ -84,24 +86,20 @@ def energies(gs: Sequence[Any], squares: Tensor, look: bool = True) -> Tensor:
     known = [0.0] * len(gs), [0.0] * len(gs), [0.0] * len(gs)
     later: list[tuple[int, int, Tensor]] = []
     samples: dict[int, Tensor] = {}
-    types: dict[torch.dtype, Rounding] = {}
     for i, g in enumerate(gs):
-        if g is None:
-            continue
         if isinstance(g, Tensor):
-            found = types.get(g.dtype)
-            if found is None:
-                found = types.setdefault(g.dtype, of_type(g.dtype))
-            sample = _sample(g) if look else None
+            found = of_type(g.dtype)
+            known[0][i], known[1][i] = found.relative, found.each * (g if type(g) is Tensor else local(g)).numel()
+            sample = _sample(g) if look and g.numel() >= SMALL else None
             if sample is not None:
                 samples[i] = sample
-        else:
+        elif g is not None:
             found = g.rounding
-        for k, x in enumerate((found.relative, found.each * local(g).numel(), found.lost)):
-            if isinstance(x, Tensor):
-                later.append((k, i, x))
-            else:
-                known[k][i] = x
+            for k, x in enumerate((found.relative, found.each * g.numel(), found.lost)):
+                if isinstance(x, Tensor):
+                    later.append((k, i, x))
+                else:
+                    known[k][i] = x
     table = torch.tensor(known, dtype=torch.float64, device="cpu").to(squares.device, non_blocking=True)
     for k, i, x in later:
         table[k, i] = x.to(table)
