@@ -11,6 +11,7 @@ larger models. A peer that is not installed is named, and so is what found no ti
     memory        peak of a step over that of the summed loss in one graph, in gradients (20M parameters, 256 tokens a side)
     beside TRL    CPU time and peak memory over DPOTrainer's with its reference on the fly, same pairs, 5M parameters
 
+A second table has many small tensors: a step over clipping and the base's own step.
 Results go to benchmarks/results/bench.json.
 """
 
@@ -23,10 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, many_tensors
 
 RUNS: dict[str, tuple[str, ...]] = {
     "projection.py": ("--rounds", "5", "--bases", "RMSprop"),
+    "many_tensors.py": ("--rounds", "3", "--bases", "AdamW"),
     "step.py": ("--rounds", "2"),
     "set_aside.py": (
         "--rounds",
@@ -39,6 +41,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 SIZES = {"projection.py": "20M", "step.py": "20M", "set_aside.py": "20M", "trainers.py": "5M"}
 TINY = {
     "projection.py": ("--rounds", "1"),
+    "many_tensors.py": ("--rounds", "1", "--tiny"),
     "step.py": ("--rounds", "1", "--sequences", "1", "--tokens", "16"),
     "set_aside.py": ("--rounds", "1", "--modes", "none"),
     "trainers.py": ("--pairs", "4", "--micro", "2", "--scale", "0.1", "--rounds", "1"),
@@ -69,6 +72,7 @@ ROWS: dict[str, tuple[str, str, str, str, str]] = {
         "sum",
         "",
     ),
+    "one loop under torch.compile": ("", "one loop under torch.compile", "", "", ""),
     "TorchJD UPGrad((1, 0))": ("TorchJD UPGrad((1, 0))", "", "TorchJD UPGrad((1, 0))", "", ""),
     "  optimize_gramian_computation": (
         "TorchJD UPGrad((1, 0)), optimize_gramian_computation",
@@ -92,7 +96,8 @@ def run(seconds: float, size: str | None) -> dict[str, Any]:
         for script, words in RUNS.items():
             left = seconds - (time.monotonic() - began)
             path = Path(folder) / script.replace(".py", ".json")
-            more = ("--size", size or SIZES[script], *(TINY[script] if size else ()), "--output", str(path))
+            sized = ("--size", size or SIZES[script]) if script in SIZES else ()
+            more = (*sized, *(TINY[script] if size else ()), "--output", str(path))
             print(f"{script}, {left:.0f} s left", file=sys.stderr, flush=True)
             try:
                 common.child(script, *words, *more, limit=max(left, 1.0))
@@ -158,6 +163,10 @@ def main(words: list[str]) -> None:
     columns = ["", "projection", "cosine left", "with RMSprop", "whole step", "memory", "time beside TRL", "memory beside TRL"]
     looked_up = tables(found)
     common.show("", columns, [[name, *cells(name, looked_up)] for name in ROWS])
+    if isinstance(many := found["many_tensors.py"], dict):
+        many_tensors.report(many)
+    else:
+        print(f"{MISSING}: many small tensors: {many}")
     print("\n".join(gaps(looked_up)))
     common.record(asked.output, found)
 

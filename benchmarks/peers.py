@@ -152,6 +152,50 @@ def clipped(given: Gradients, max_norm: float) -> None:
     nn.utils.clip_grad_norm_(given.params, max_norm, foreach=True)
 
 
+# ---- one compiled loop -------------------------------------------------------------------------------------------------
+
+
+def _descend(kind: str, p: Tensor, g: Tensor, states: list[Tensor], lr: float, t: Tensor) -> None:
+    """torch.optim's formulas at their defaults."""
+    if kind == "RMSprop":
+        states[0].mul_(0.99).addcmul_(g, g, value=0.01)
+        p.sub_(lr * g / (states[0].sqrt() + 1e-8))
+    elif kind == "SGD":
+        p.sub_(lr * g)
+    else:
+        if kind == "AdamW":
+            p.mul_(1 - lr * 0.01)
+        m, v = states
+        m.lerp_(g, 0.1)
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        p.sub_(lr / (1 - 0.9**t) * m / (v.sqrt() / (1 - 0.999**t).sqrt() + 1e-8))
+
+
+def compiled(given: Gradients, kind: str, max_norm: float, lr: float) -> Timed:
+    """Projection, clipping and a step of a base in one function under torch.compile: the strongest loop to write at home."""
+    count = {"SGD": 0, "RMSprop": 1}.get(kind, 2)
+    parameters = [p.detach() for p in given.params]
+    states = [[torch.zeros_like(p) for _ in range(count)] for p in parameters]
+    t = torch.zeros((), device=given.kept.device)
+
+    @torch.compile
+    def whole(ps: list[Tensor], ws: list[Tensor], ls: list[Tensor], kept: list[list[Tensor]], t: Tensor) -> None:
+        wl = torch.stack([(w * l).sum() for w, l in zip(ws, ls)]).sum()
+        ll = torch.stack([(l * l).sum() for l in ls]).sum()
+        ww = torch.stack([(w * w).sum() for w in ws]).sum()
+        c = (wl / ll).clamp(min=0)
+        scale = (max_norm / ((ww - 2 * c * wl + c * c * ll).sqrt() + 1e-6)).clamp(max=1.0)
+        for p, w, l, state in zip(ps, ws, ls, kept):
+            _descend(kind, p, (w - c * l) * scale, state, lr, t)
+
+    def run() -> None:
+        with torch.no_grad():
+            t.add_(1)
+            whole(parameters, given.w, given.l, states, t)
+
+    return Timed(run, given.restore, given.restore)
+
+
 # ---- peers -------------------------------------------------------------------------------------------------------------
 
 

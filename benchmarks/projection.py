@@ -11,7 +11,8 @@ what the call needs over what was held before, in gradients, measured in a proce
 
 In the second table the bound also reads and writes the parameters and the optimizer's state once: 8 passes for RMSprop, 10 for
 Adam and AdamW, 6 for SGD. Against it: torch's own way (foreach projection, clip_grad_norm_, foreach and, where torch has one,
-fused step), this library around both, and its `fused=True`. Clipping is active throughout.
+fused step), projection, clipping and step written as one loop and compiled by torch.compile, this library around torch's
+steps, and its `fused=True`. Clipping is active throughout.
 Results go to benchmarks/results/projection_SIZE.json, or projection_cuda_SIZE.json.
 """
 
@@ -127,6 +128,7 @@ def steps(name: str, given: Gradients, device: str) -> dict[str, Timed | str]:
     }
     if fuses:
         found["foreach projection, clip_grad_norm_, torch's fused step"] = plain(fused=True)
+    found["one loop under torch.compile"] = peers.compiled(given, name, half, LR)
     found["ogdopt, step tensor by tensor"] = ours({}, foreach=False)
     if fuses:
         found["ogdopt, torch's fused step"] = ours({}, fused=True)

@@ -9,7 +9,21 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import bench, common, gpu, growth, objectives, peers, profiled, projection, set_aside, step, tax_noise, trainers
+from benchmarks import (
+    bench,
+    common,
+    gpu,
+    growth,
+    many_tensors,
+    objectives,
+    peers,
+    profiled,
+    projection,
+    set_aside,
+    step,
+    tax_noise,
+    trainers,
+)
 from benchmarks.common import Timed
 from tests import limits
 
@@ -120,6 +134,14 @@ def test_a_bound_reads_and_writes_as_much_as_the_step():
     for name, (additions, scalings, norms) in projection.PASSES.items():
         reads, writes = 2 * additions + scalings + norms, additions + scalings
         assert (reads, writes) == (3 + state[name], 1 + state[name]), name
+
+
+def test_many_tensors(tmp_path, capsys):
+    many_tensors.main(["--tiny", "--rounds", "1", "--output", str(tmp_path / "many.json")])
+    found = results(tmp_path / "many.json")["20 x (8,)"]
+    assert set(found) == set(many_tensors.BASES) and set(found["AdamW"]) == set(many_tensors.WAYS)
+    assert all(entry["ratio"] > 0 and entry["microseconds a tensor"] > 0 for ways in found.values() for entry in ways.values())
+    assert "over clipping and step" in capsys.readouterr().out
 
 
 # ---- whole steps -------------------------------------------------------------------------------------------------------
