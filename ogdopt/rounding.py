@@ -89,7 +89,8 @@ def energies(gs: Sequence[Any], squares: Tensor, look: bool = True) -> Tensor:
     for i, g in enumerate(gs):
         if isinstance(g, Tensor):
             found = of_type(g.dtype)
-            known[0][i], known[1][i] = found.relative, found.each * (g if type(g) is Tensor else local(g)).numel()
+            known[0][i] = float(found.relative)
+            known[1][i] = found.each * (g if type(g) is Tensor else local(g)).numel()
             sample = _sample(g) if look and g.numel() >= SMALL else None
             if sample is not None:
                 samples[i] = sample

@@ -1,6 +1,7 @@
 """How the loser's gradient waits: what each form costs in bytes and in angle, and that every way of stepping agrees."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 from ogdopt import GradientError, ProjectedGradient
+from ogdopt import stored as stored_module
 from ogdopt.gram import gram
-from ogdopt.passes import CPU_CHUNK
+from ogdopt.passes import CPU_CHUNK, mix_, products
 from ogdopt.stored import BLOCK, Stored
 from tests.gradients import inner, norm, reference
 from tests.test_optimizer import gradients, toy, vector
@@ -260,3 +262,71 @@ def test_what_does_not_go_together():
 def test_an_unknown_form():
     with pytest.raises(ValueError, match=r"set_aside is 'int4'; expected None \(by reference\), torch.bfloat16, 'int8'"):
         ProjectedGradient(SGD([nn.Parameter(torch.zeros(2))]), set_aside="int4")
+
+
+# ---- the host's memory, where the gradient is an accelerator's ---------------------------------------------------------------
+
+
+def test_what_waits_in_the_host_s_memory_is_worked_on_where_the_gradient_is():
+    """'meta' stands for the accelerator: an operation that got tensors of two devices would raise."""
+    w, l = torch.empty(1000, 256, device="meta"), torch.zeros(1000, 256)
+    stored = Stored(l, "cpu")
+    stored.device = w.device  # as made from the accelerator's own gradient
+    assert all(piece.device == w.device for piece in stored.pieces(CPU_CHUNK))
+    assert products(w, stored).device == w.device and products(None, stored).device == w.device
+    mix_(w, stored, *torch.ones(2, dtype=torch.float64, device="meta"))
+    assert stored.restored().device == w.device and stored.whole is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_host_s_copy_is_read_behind_the_event_that_tells_of_its_arrival(monkeypatch, dtype):
+    """A stand-in for an accelerator with a stream: the copy is recorded, waited for, and read in its own type."""
+    log = []
+
+    class Event:
+        def record(self):
+            log.append("record")
+
+        def wait(self):
+            log.append("wait")
+
+    class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                log.append(("copy", args[0].dtype == args[1].dtype))
+            return func(*args, **(kwargs or {}))
+
+    empty = torch.empty
+    pinned = []
+    monkeypatch.setattr(stored_module, "_accelerator", lambda: "cpu")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, pin_memory=False, **options: (pinned.append(pin_memory), empty(*args, **options))[1]
+    )
+    with Copies():
+        kept = Stored(torch.ones(5, dtype=dtype), "cpu")
+        assert log == [("copy", True), "record"] and pinned == [True]
+        pieces = list(kept.pieces(3))
+    assert log[2] == "wait" and all(entry == ("copy", True) for entry in log[3:])
+    assert all(piece.dtype == dtype for piece in pieces)
+
+
+def test_memory_is_pinned_for_an_accelerator_alone():
+    """A machine without one has nothing to pin for, and a gradient on the CPU is copied at once."""
+    kept = Stored(torch.ones(5), "cpu")
+    assert not kept.values.is_pinned() and kept._copied is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_with_the_host_s_memory_on_a_real_device(dtype):
+    ends = []
+    for form in (None, "cpu"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 512)).to("cuda", dtype)
+        x, y = torch.randn(2, 64, 512, device="cuda", dtype=dtype)
+        opt = ProjectedGradient(SGD(model.parameters(), lr=1e-2), max_norm=1.0, set_aside=form)
+        for _ in range(5):
+            opt.step(lambda m=model, x=x: m(x).square().mean(), lambda m=model, y=y: m(y).square().mean())
+        ends.append(vector(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
