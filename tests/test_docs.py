@@ -95,6 +95,15 @@ def test_sentences_are_short(name):
     assert len(counts) >= 5 and prose.percentile(counts, 0.9) <= 25 and max(counts) <= 30, prose.long(PAGES[name], 25)
 
 
+DIALECT = re.compile(r"\b(behind|beside|whence|reckon\w*|hears?|losers|winners|as without|such a one)\b", re.I)
+"""Words with a plainer one: after, next to, where from, estimate, is logged to, rejected, chosen, falls back."""
+
+
+def test_pages_have_plain_words():
+    for name, text in PAGES.items():
+        assert not (found := DIALECT.findall(text)), (name, found)
+
+
 def test_sentences_of_help_are_short():
     texts = prose.help_texts()
     counts = [count for text in texts.values() for count, _ in prose.lengths(text)]
