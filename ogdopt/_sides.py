@@ -37,7 +37,7 @@ CHANGED = (
 
 
 APART = (
-    "two paired optimizers collect the same backward passes, and each projects its own parameters by itself. For one projection "
+    "two paired optimizers collect the same backward passes, and each projects its own parameters alone. For one projection "
     "over all of them give the bases to one: ProjectedGradient([muon, adamw])"
 )
 
