@@ -29,7 +29,9 @@ def step_base(setup: Setup, mixture: Mixture | None, report: StepReport) -> None
         return
     options = setup.options
     repair = options.metric == "optimizer"
-    if repair and abs(mixture.factor.item() * mixture.grad_scale - 1) > 1e-3:
+    # p.grad is rounded to its type, and so is its norm, which project() knew before that.
+    rounding = max([1e-3, *(torch.finfo(entry.p.dtype).eps for entry in mixture.entries)])
+    if repair and abs(mixture.factor.item() * mixture.grad_scale - 1) > rounding:
         raise GradientError(
             f"the gradient was rescaled by {mixture.factor.item():.6g} between project() and step(), and "
             "metric='optimizer' had solved for the step as it was: pass a scaler's factor as "

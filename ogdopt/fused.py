@@ -77,7 +77,7 @@ def mixed(w: Tensor, l: Tensor | None, c: Tensor) -> Tensor:
 def rmsprop(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
     """torch.optim.RMSprop; h = (lr, weight_decay, alpha, 1 - alpha, eps, momentum)."""
     g = g + p.float() * h[1]
-    v = states[0].float() * h[2] + g * g * h[3]
+    v = states[0].float() * h[2] + h[3] * g * g  # in torch's order, which keeps the range
     states[0].copy_(v)
     u = g / (v.sqrt() + h[4])
     if len(states) > 1:
@@ -93,7 +93,7 @@ def adam(p: Tensor, g: Tensor, states: Sequence[Tensor], h: Tensor) -> None:
     """
     g = g + p.float() * h[1]
     m = states[0].float() + (g - states[0].float()) * h[2]
-    v = states[1].float() * h[3] + g * g * h[4]
+    v = states[1].float() * h[3] + h[4] * g * g
     states[0].copy_(m)
     states[1].copy_(v)
     p.copy_(p.float() * h[7] - m / (v.sqrt() / h[6] + h[5]) * h[0])

@@ -60,7 +60,7 @@ template <bool momentum> struct RMSprop {
   static void step(const Row& r, int64_t k, const Numbers& n, float g) {
     const float p = r.p[k];
     g += p * n.h[1];
-    const float v = r.s[k] * n.h[2] + g * g * n.h[3];
+    const float v = r.s[k] * n.h[2] + n.h[3] * g * g;  // in torch's order, which keeps the range
     float u = g / (std::sqrt(v) + n.h[4]);
     if (momentum) r.t[k] = u = r.t[k] * n.h[5] + u;
     r.s[k] = v;
@@ -73,7 +73,7 @@ template <bool> struct Adam {
   static void step(const Row& r, int64_t k, const Numbers& n, float g) {
     const float p = r.p[k];
     g += p * n.h[1];
-    const float m = r.s[k] + (g - r.s[k]) * n.h[2], v = r.t[k] * n.h[3] + g * g * n.h[4];
+    const float m = r.s[k] + (g - r.s[k]) * n.h[2], v = r.t[k] * n.h[3] + n.h[4] * g * g;
     r.s[k] = m;
     r.t[k] = v;
     r.p[k] = p * n.h[7] - m / (std::sqrt(v) / n.h[6] + n.h[5]) * n.h[0];

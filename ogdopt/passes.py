@@ -169,7 +169,7 @@ def _products_of_rows(x: Tensor | None, y: Tensor | None) -> Tensor:
 
 def _stack(gs: Sequence[Any], places: Sequence[int]) -> Tensor:
     """Some tensors of one shape as float64 rows."""
-    return torch.stack([gs[i] for i in places]).view(len(places), -1).double()
+    return torch.stack([gs[i] for i in places]).reshape(len(places), -1).double()  # no view of channels_last
 
 
 def _stacks(ws: Sequence[Any], ls: Sequence[Any]) -> tuple[list[list[int]], list[int]]:

@@ -270,6 +270,16 @@ def test_a_scaler_says_its_factor_or_is_refused():
         scaled.step()
 
 
+def test_the_rounding_of_bfloat16_is_no_rescaling():
+    """p.grad of few elements may be 0.3% longer or shorter than what it was rounded from."""
+    for seed in range(40):
+        ps, gradients = problem(seed, shapes=((3,), ()), dtype=torch.bfloat16)
+        opt = ProjectedGradient(SGD(ps, lr=1.0), metric="optimizer", max_norm=1e-3)
+        give(opt, ps, *gradients())
+        opt.project()
+        assert not opt.step().skipped
+
+
 def test_what_it_cannot_do_is_refused_with_the_names_of_what_it_can():
     p = nn.Parameter(torch.zeros(2))
     with pytest.raises(TypeError, match="RMSprop, Adam, AdamW, Adagrad, SGD; found Adamax"):
