@@ -1,8 +1,8 @@
 """What a study's outcomes say: TAX of every run and epoch, the best epochs, the comparison at matched preference learning.
 
-Runs are compared twice: each at its best epoch (the paper's Table 1) and, because a model that learned less preference
-also forgets less, at matched preference learning: the highest level L that every run of a seed reaches at some epoch,
-where each run counts at the first epoch that reaches L.
+Runs are compared twice. First each is taken at its best epoch (the paper's Table 1). But a model that learned less preference
+also forgets less. So they are compared at matched preference learning too: at the highest level L that every run of a seed
+reaches at some epoch. Each run counts at the first epoch that reaches L.
 """
 
 from __future__ import annotations

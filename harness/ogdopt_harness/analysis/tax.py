@@ -4,13 +4,14 @@
     SIGN = 100/|T| · Σ_i (q_i/p_i − 1)            its companion that does not hide gains
 
 p_i and q_i are the accuracies of the reference (SFT) model and of the tuned model on the same items of task i.
-Because min(0, ·) turns every unlucky item into a loss and no lucky one into a gain, two equally good models score
-below 0: TAX is never read alone, but with its sign-flip null and with the *basic* bootstrap interval, which
-corrects most of this bias (near 0 the percentile interval hardly ever holds the truth). Resampling items within a task, with
-one draw for all models, is a multinomial over the patterns of outcomes, so 10,000 draws take well under a second.
-Still the intervals are approximate near 0: in simulations of 4-8 tasks with 128 items and 1-3 seeds, nominal 95%
-intervals held a truth of 0 in 95-98% and one of -2 in 82-92% of the cases; equally good models differed "clearly" in
-2-7%. All of this is the error of sampling items; that of training again needs several seeds (`combine`).
+min(0, ·) turns every unlucky item into a loss and no lucky one into a gain, so two equally good models score below 0. That is
+why TAX is never read alone, but with its sign-flip null and with the *basic* bootstrap interval. That interval corrects most of
+this bias; near 0 the percentile interval hardly ever holds the truth. Resampling items within a task, with one draw for all
+models, is a multinomial over the patterns of outcomes. So 10,000 draws take well under a second.
+
+Still the intervals are approximate near 0. In simulations of 4-8 tasks with 128 items and 1-3 seeds, nominal 95% intervals held
+a truth of 0 in 95-98% of the cases, and one of -2 in 82-92%. Equally good models differed "clearly" in 2-7%. All of this is the
+error of sampling items; that of training again needs several seeds (`combine`).
 """
 
 from __future__ import annotations

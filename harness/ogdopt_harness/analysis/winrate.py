@@ -1,7 +1,7 @@
 """Win rates of one model's answers against another's: with intervals over prompts, and controlled for length.
 
-Every prompt is judged in both orders, so the two games of a prompt are no independent evidence: resampling is of prompts (in a
-simulation with correlated games, intervals over single games held the truth in 68% instead of 95% of the cases). The
+Every prompt is judged in both orders, so the two games of a prompt are no independent evidence, and prompts are resampled. (In
+a simulation with correlated games, intervals over single games held the truth in 68% instead of 95% of the cases.) The
 length-controlled rate follows AlpacaEval 2 (Dubois et al. 2024) without its term for the difficulty of the prompt:
 
     P(win) = sigmoid(theta + phi tanh((length - baseline's length) / sd)),    controlled rate = sigmoid(theta)

@@ -1,6 +1,6 @@
 """Where rows come from: JSONL files read line by line, other tables and hub data sets through the library `datasets`.
 
-JSONL has a reader of its own, because a data set library stops at the first broken line and turns a missing field into None,
+JSONL has a reader of its own. A data set library stops at the first broken line and turns a missing field into None.
 `str.splitlines` cuts records at U+2028, and `json` accepts NaN and duplicate keys. Each row comes with its place, file:line or
 dataset[i]; one that cannot be decoded comes as a `RowError` that says why.
 """

@@ -1,7 +1,7 @@
 """Which parameters train: low-rank adapters (`model.lora`, through peft), or those that `model.train_only` names, or all.
 
-The model that a stage starts from is the adapted one with its adapters off, bit for bit: a fresh adapter adds exactly zero, so
-log-probabilities that are taken before the first step are those of the reference.
+The model that a stage starts from is the adapted one with its adapters off, bit for bit. A fresh adapter adds exactly zero. So
+log-probabilities before the first step are those of the reference.
 """
 
 from __future__ import annotations

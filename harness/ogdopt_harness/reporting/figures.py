@@ -1,8 +1,8 @@
 """The report's figures as SVG files, drawn without a display.
 
-A run has one look (colour, marker) in all figures: strengths of one method are shades of one colour, light (large
-beta) to dark (small beta); the colours are Okabe and Ito's, told apart with any kind of colour vision. With several
-seeds every seed is a thin line and their mean a thick one.
+A run has one look (colour, marker) in all figures. Strengths of one method are shades of one colour, light (large beta) to dark
+(small beta). The colours are Okabe and Ito's, which differ for any kind of colour vision. With several seeds every seed is a
+thin line and their mean a thick one.
 """
 
 from __future__ import annotations
@@ -211,9 +211,11 @@ def study_panels(
 ) -> Iterator[Panel]:
     """The figures of a study.
 
-    `runs` holds one run a seed; `points` for each run and seed its measurements by epoch (`epoch`, `skill`,
-    `chosen_change`, `tax/<way>`); `floors` the mean TAX of equally good models by way; `levels` the matched
-    preference learning of each seed; `skill` says in words what preference learning is measured by.
+    - `runs`: one run a seed.
+    - `points`: for each run and seed its measurements by epoch (`epoch`, `skill`, `chosen_change`, `tax/<way>`).
+    - `floors`: the mean TAX of equally good models, by way.
+    - `levels`: the matched preference learning of each seed.
+    - `skill`: what preference learning is measured by, in words.
     """
     dpo = [p for name, seeds in points.items() if runs[name][0].method == "dpo" for seed in seeds for p in seed]
     pairs = [(p["chosen_change"], p["tax/direct"]) for p in dpo if None not in (p.get("chosen_change"), p.get("tax/direct"))]

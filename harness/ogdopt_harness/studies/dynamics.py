@@ -1,7 +1,7 @@
 """Learning dynamics of alignment: behaviours that lie further apart in the last hidden states are learned faster.
 
-First DPO on the unembedding alone, where theorems 4.1 and 4.2 are inequalities about one row of weights: embeddings are drawn
-from Gaussians, a behaviour is two classes whose preferred answers are Yes and No, and every theorem's event is checked on the
+First DPO on the unembedding alone, where theorems 4.1 and 4.2 are inequalities about one row of weights. Embeddings are drawn
+from Gaussians. A behaviour is two classes whose preferred answers are Yes and No. Every theorem's event is checked on the
 sample before its conclusion is. Then full fine-tuning of a small model, with labels as they are and flipped.
 """
 
@@ -77,7 +77,7 @@ def tuned(classes: Sequence[Classes], beta: float, rate: float, steps: int) -> t
     """Full-batch gradient descent of the DPO loss of all `classes` together on the unembedding.
 
     Returns the changes of the row of Yes, (T + 1, d), and each behaviour's own loss, (T + 1, behaviours). With that row at
-    W(0) + D and that of No at W(0) - D, an example's margin is 2 beta <D, g> for Yes and the opposite for No; no other row
+    W(0) + D and that of No at W(0) - D, an example's margin is 2 beta <D, g> for Yes and the opposite for No. No other row
     moves, since the softmax's normalizer cancels in the loss.
     """
     signed = torch.stack([torch.cat([c.positive, -c.negative]) for c in classes])  # (m, n, d)

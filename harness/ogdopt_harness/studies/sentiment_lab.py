@@ -1,7 +1,7 @@
 """The sentiment experiment's data and small model: tweets or generated statements, four styles of answers, one pretraining.
 
-The paper tunes GPT-2, which knows sentiments and English before. A model of this size has to be given both: it is pretrained to
-say what is felt in many phrasings, the styles' among them, to name the first word, and to find exclamation marks. A short
+The paper tunes GPT-2, which knows sentiments and English before. A model of this size has to learn both first. It is pretrained
+to say what is felt in many phrasings, the styles' among them, to name the first word, and to find exclamation marks. A short
 supervised stage then turns it to one style, long before it is certain of it, as the paper's checkpoint is.
 """
 

@@ -1,8 +1,8 @@
 """Preference tuning and supervised fine-tuning on a problem small enough to draw: one after the other, or taking turns.
 
-Both objectives are logistic losses of a softmax policy over two outputs, `f(theta) = log(1 + exp(-z (theta - origin)))`: `z` is
-the difference of the two outputs' features (times beta) and `origin` the reference policy's parameter for preference tuning, 0
-for supervised fine-tuning. Neither minimum conflicts with itself; together they do. After the toy illustration (figure 2) and
+Both objectives are logistic losses of a softmax policy over two outputs, `f(theta) = log(1 + exp(-z (theta - origin)))`. `z` is
+the difference of the two outputs' features, times beta. `origin` is the reference policy's parameter for preference tuning, and
+0 for supervised fine-tuning. Neither minimum conflicts with itself; together they do. After the toy illustration (figure 2) and
 theorems 3.3 and 4.1 of the paper "joint SFT and DPO". The instances are constructed: the paper's features are not published.
 """
 
