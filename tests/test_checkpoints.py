@@ -64,7 +64,7 @@ def test_leaving_any_part_out_would_be_noticed(part, tmp_path, monkeypatch):
         (lambda d: os.truncate(d / "__0_0.distcp", 10), "__0_0.distcp is not what was written"),
         (lambda d: (d / "__0_0.distcp").write_bytes(bytes((d / "__0_0.distcp").stat().st_size)), "__0_0.distcp is not what"),
         (lambda d: (d / ".metadata").unlink(), ".metadata is missing"),
-        (lambda d: (d / "state.json").write_text("{"), "state.json cannot be read"),
+        (lambda d: (d / "state.json").write_text("{"), "state.json is not valid JSON"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(harm, message, tmp_path):

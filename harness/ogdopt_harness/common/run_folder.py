@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ogdopt_harness.common.files import DamagedError, digest, read_json, read_saved, read_yaml, sealed, write_json, write_yaml
+from ogdopt_harness.common.keys import EPOCHS, STEP, STEPS
 
-from ogdopt_harness.common.files import write_json, write_text
-from ogdopt_harness.common.keys import STEP
-
+METRICS = "metrics"
+"""Of `complete.json`: bytes and sha256 of metrics.jsonl."""
 NUMBERED = re.compile(r"(?:seed|epoch)-(\d+)")
 SUPERVISED = "supervised"
 """The run that all methods start from."""
@@ -52,7 +52,7 @@ class Folder:
 
     def write_settings(self, value: dict[str, Any]) -> None:
         """Write `config`."""
-        write_text(self.config, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+        write_yaml(self.config, value)
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,36 @@ class RunFolder(Folder):
 
     def ending(self) -> dict[str, Any]:
         """What `complete` holds; empty where training has not ended."""
-        return read_json(self.complete) if self.finished else {}
+        return read_json(self.complete, {EPOCHS: int, STEPS: int}) if self.finished else {}
 
     def finish(self, ending: dict[str, Any]) -> None:
-        """Write `complete`."""
-        write_json(self.complete, ending)
+        """Write `complete`, with size and hash of the metrics that belong to it."""
+        logged = {METRICS: [self.metrics.stat().st_size, digest(self.metrics)]} if self.metrics.exists() else {}
+        write_json(self.complete, sealed(ending | logged))
+
+    def check(self) -> None:
+        """Raises DamagedError where a finished run's metrics are not those that it ended with."""
+        if (kept := self.ending().get(METRICS)) is None:
+            return
+        remedy = f"bring it back, or delete {self.path} and give the same command again"
+        if not self.metrics.is_file():
+            raise DamagedError(f"{self.metrics} is missing, and the run has ended; {remedy}")
+        if [self.metrics.stat().st_size, digest(self.metrics)] != kept:
+            raise DamagedError(
+                f"{self.metrics} has been changed since the run ended ({self.metrics.stat().st_size:,} bytes, expected "
+                f"{kept[0]:,}, or another content); {remedy}"
+            )
 
     def lines(self) -> list[dict[str, float]]:
         """The logged lines, merged by step (a resumed run may log a step twice: the later line counts)."""
+        self.check()
         steps: dict[float, dict[str, float]] = {}
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        lines = read_saved(self.metrics).splitlines() if self.metrics.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                steps.setdefault(row[STEP], {}).update(row)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                steps.setdefault(float(row[STEP]), {}).update(row)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.metrics}, line {number}: expected a JSON object with {STEP!r}, found {line[:60]!r}; remove the line"
                 ) from error
@@ -270,22 +285,6 @@ def short_name(path: Path) -> str:
 def number_of(path: Path) -> int:
     """The number in seed-<k>, epoch-<n> or epoch-<n>.json."""
     return int(path.name.removesuffix(".json").rpartition("-")[2])
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); run this stage again") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file holds; empty where it is not there."""
-    try:
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({error}); run this stage again") from error
 
 
 def _numbered(folder: Path, ending: str = "") -> dict[int, Path]:

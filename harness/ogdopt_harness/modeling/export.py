@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ogdopt_harness.common.files import replaced
+from ogdopt_harness.common.files import replaced, seal
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.modeling.adapters import bare, save
 
@@ -33,6 +33,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
             save(model, temporary, weights)
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
+            seal(temporary)
 
     ranks.tell(write)
 

@@ -16,6 +16,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ogdopt_harness.common.files import check_sealed
+
 LFS = b"version https://git-lfs"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
@@ -66,6 +68,7 @@ def source_of(name_or_path: str | Path, option: str) -> Source:
             names = ", ".join(file.name for file in files)
             raise source.refused(f"{path} holds {len(files)} GGUF files ({names})", "give the path of one of them")
         source = Source(option, str(path), files[0].name)
+    check_sealed(Path(source.name))
     if source.gguf:
         check_fetched(source, Path(source.name) / source.gguf)
         return source

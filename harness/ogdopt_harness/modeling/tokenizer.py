@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ogdopt_harness.common.files import replaced
+from ogdopt_harness.common.files import replaced, seal
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.modeling.pretrained import check_fetched, source_of, unreadable
 
@@ -54,6 +54,7 @@ def train_tokenizer(texts: Iterable[str], config: ModelConfig, folder: Path) -> 
     tokenizer.chat_template = CHAT_TEMPLATE
     with replaced(folder) as temporary:
         tokenizer.save_pretrained(temporary)
+        seal(temporary)
     return tokenizer
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ogdopt_harness.common.files import digest, write_json
+from ogdopt_harness.common.files import digest, read_json, sealed, write_json
 from ogdopt_harness.common.run_folder import SeedFolder
 from ogdopt_harness.common.sources import FILE_ENDINGS
 
@@ -93,7 +93,7 @@ def same_files(record: Path, files: Iterable[Path], option: str) -> None:
             changed.append(f"{file} has other content")
     if changed:
         raise ValueError(f"{option}: data has changed since this study was begun: {'; '.join(changed)}. {_remedy(record)}")
-    write_json(record, before)
+    write_json(record, sealed(before))
 
 
 def same_rows(record: Path, name: str, option: str, found: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ def same_rows(record: Path, name: str, option: str, found: Mapping[str, Any]) ->
             f"then, {found['rows']:,} of {found['tokens']:,} now), and the files are the same: the tokenizer, its template or "
             f"a data set of the hub has changed. {_remedy(record)}"
         )
-    write_json(record, before)
+    write_json(record, sealed(before))
 
 
 def digest_of(sequences: Iterable[Iterable[int]]) -> str:
@@ -122,4 +122,4 @@ def _remedy(record: Path) -> str:
 
 
 def _read(record: Path) -> dict[str, Any]:
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return read_json(record) if record.exists() else {}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ogdopt_harness.common.device import device_name
-from ogdopt_harness.common.files import replaced, write_json
+from ogdopt_harness.common.files import read_json, replaced, sealed, write_json
 from ogdopt_harness.common.keys import EPOCHS, SECONDS, STEPS, STREAMS, measured, objective
 from ogdopt_harness.common.ranks import ALONE, Ranks
-from ogdopt_harness.common.run_folder import RunFolder, StudyFolder, read_json
+from ogdopt_harness.common.run_folder import RunFolder, StudyFolder
 from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, StageConfig, as_dict
 from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
@@ -114,6 +114,7 @@ class SeedStudy:
             self._evaluate(folder, folder.model(epoch), epoch)
 
     def _done(self, folder: RunFolder) -> bool:
+        self.ranks.tell(folder.check)
         return self.ranks.tell(folder.complete.is_file)
 
     def _stage_settings(self, method: str) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class SeedStudy:
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
                 self._train(folder, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
             found[name] = self.ranks.tell(lambda folder=folder, name=name: least(folder, measured(objective(name))))
-        self.ranks.tell(lambda: write_json(self.home.optima, found))
+        self.ranks.tell(lambda: write_json(self.home.optima, sealed(found)))
         return found
 
     def _good_enough(self, spec: RunSpec) -> list[list[float]]:
@@ -293,8 +294,8 @@ class SeedStudy:
                 f"{kind}.data.train is empty; expected JSONL files or hub data sets, e.g. --{kind}.data.train rows.jsonl"
             )
         file = self.home.data_report
-        before = read_json(file) if file.is_file() else {}
-        write_json(file, before | reports)
+        before = read_json(file) if file.exists() else {}
+        write_json(file, sealed(before | reports))
         return found
 
     def _texts(self) -> Any:

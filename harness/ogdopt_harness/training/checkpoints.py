@@ -8,8 +8,8 @@
                                   the manifest of all other files
 
 A checkpoint is written next to its place and renamed when all its bytes are on the disk; `state.json` holds the size and
-sha256 of every file, so that a torn or mixed copy is recognized. The last two are kept. `.metadata` is a pickle: load
-checkpoints of your own runs alone; what is to be given away is the exported model.
+sha256 of every file and of itself, so that a torn or mixed copy is recognized. The last two are kept. `.metadata` is a pickle,
+of which nothing is run: see `unpickling`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.optim import Optimizer
 
-from ogdopt_harness.common.files import digest, sync
+from ogdopt_harness.common.files import digest, read_json, sealed, sync
 from ogdopt_harness.common.ranks import ALONE, Ranks
+from ogdopt_harness.training.unpickling import IndexReader, read_index
 
 KEPT = 2
+NEEDED = {"files": dict, "step": int, "metrics_bytes": int, "learning_rates": list, "scheduler": dict}
+"""What `state.json` has to hold."""
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Progress:
 
     step: int = 0
     metrics_bytes: int = 0
+    metrics_sha256: str = ""
     seconds: float = 0.0
     schedule: dict[str, Any] = field(default_factory=dict)
     """Where a schedule of objectives stands, in what JSON keeps; empty for methods without one."""
@@ -88,7 +92,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Any
             if ranks.first:
                 warnings.warn(f"checkpoint {path} is not used: {problem}", stacklevel=2)
             continue
-        state = ranks.tell(lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")))
+        state = ranks.tell(lambda path=path: read_json(path / "state.json"))
         _load(path, model, optimizer, state, ranks)
         scheduler.load_state_dict(state["scheduler"])
         own = path / f"rng-{ranks.rank}.safetensors"
@@ -111,10 +115,12 @@ def found(folder: Path) -> list[Path]:
 def broken(path: Path, ranks: Ranks = ALONE) -> str | None:
     """What is wrong with a checkpoint, or None; each process looks at its share of the files."""
     try:
-        files = json.loads((path / "state.json").read_text(encoding="utf-8"))["files"]
+        files = read_json(path / "state.json", NEEDED)["files"]
         problem = _first_problem(path, sorted(files.items())[ranks.rank :: ranks.size])
+        if problem is None:
+            read_index(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"state.json cannot be read ({type(error).__name__})"
+        problem = str(error)
     return next(filter(None, ranks.gather(problem)), None)
 
 
@@ -139,7 +145,7 @@ def _finish(final: Path, temporary: Path, outcomes: Iterable[tuple[str, dict[str
             raise OSError("; ".join(problems))
         files = {name: entry for _, manifest in outcomes for name, entry in manifest.items()}
         file = temporary / "state.json"
-        file.write_text(json.dumps(state | {"files": files}), encoding="utf-8")
+        file.write_text(json.dumps(sealed(state | {"files": files})), encoding="utf-8")
         sync(file)
         sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -185,7 +191,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def _load(path: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], ranks: Ranks) -> None:
     """Weights into the model's own tensors and state into the optimizer; raises ValueError for those of other parameters."""
-    reader = FileSystemReader(path)
+    reader = IndexReader(path)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     weights = trained(model)
     check_same(weights, {k.removeprefix("model."): v.size for k, v in saved.items() if k.startswith("model.")}, path)

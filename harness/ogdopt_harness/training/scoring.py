@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -15,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ogdopt.losses import Completion, Pairs, dpo
 from ogdopt_harness.common import keys
+from ogdopt_harness.common.files import SEAL, DamagedError
 from ogdopt_harness.common.keys import measured
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.common.run_folder import RunFolder
@@ -128,7 +133,7 @@ class Scorer:
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept with the run."""
         file = RunFolder(self.job.directory).reference
-        kept = self.ranks.tell(lambda: load_file(file) if file.is_file() else None)
+        kept = self.ranks.tell(lambda: _kept(file))
         if kept is not None:
             return kept
         with self._as_reference():
@@ -136,7 +141,7 @@ class Scorer:
 
         def keep() -> None:
             temporary = file.with_suffix(".tmp")
-            save_file(found, temporary)
+            save_file(found, temporary, metadata={SEAL: _seal(found)})
             os.replace(temporary, file)
 
         if found:
@@ -228,3 +233,33 @@ def rewards_of(chosen: Tensor, rejected: Tensor, beta: float) -> dict[str, Tenso
         keys.MARGINS: beta * (chosen - rejected).mean(),
         keys.ACCURACIES: (chosen > rejected).float().mean(),
     }
+
+
+def _kept(file: Path) -> dict[str, Tensor] | None:
+    """The log-probabilities that a file holds; None, with a warning, where they are not what was written."""
+    if not file.exists():
+        return None
+    try:
+        found = load_file(file)
+        with safe_open(file, "pt") as opened:
+            seal = (opened.metadata() or {}).get(SEAL)
+    except Exception as error:  # safetensors' own kind, and the system's
+        seal, found, said = None, {}, (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        said = "its sha256 differs"
+    if seal is not None and seal == _seal(found):
+        return found
+    warnings.warn(f"{file} is not what was written ({said}); its log-probabilities are computed again", stacklevel=2)
+    if file.is_dir():
+        raise DamagedError(f"{file} is a folder; expected the file that a run writes there: remove it")
+    return None
+
+
+def _seal(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode())
+    return found.hexdigest()

@@ -24,6 +24,7 @@ from ogdopt.objectives import Objective, SequentialObjective
 from ogdopt.projection import scaled
 from ogdopt.three_d import ThreeD, Thresholds
 from ogdopt_harness.common import keys
+from ogdopt_harness.common.files import DamagedError, digest
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.config.schema import StageConfig
@@ -125,6 +126,7 @@ class Trainer(Collector):
             self._truncate_metrics(0)
             self._log({keys.STEP: 0, keys.EPOCH: 0.0} | self._measure())
         else:
+            self.ranks.tell(lambda: self._check_metrics(progress))
             self._truncate_metrics(progress.metrics_bytes)
             for row in self.ranks.tell(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines()):
                 self.watch.read(json.loads(row))
@@ -219,6 +221,15 @@ class Trainer(Collector):
                 file.write(json.dumps(line) + "\n")
             self.trackers.log(line)
 
+    def _check_metrics(self, progress: checkpoints.Progress) -> None:
+        """Raises DamagedError where the logged lines of a checkpoint are not there any more."""
+        file, size = self.folder.metrics, progress.metrics_bytes
+        if not file.is_file() or file.stat().st_size < size or digest(file, size) != progress.metrics_sha256:
+            raise DamagedError(
+                f"{file} does not hold the {size:,} bytes that were logged up to step {progress.step}; bring it back, or "
+                f"delete {self.folder.path} and give the same command again"
+            )
+
     def _truncate_metrics(self, size: int) -> None:
         """Drop the lines after the checkpoint: those steps are taken again."""
         if self.ranks.first:
@@ -226,7 +237,8 @@ class Trainer(Collector):
                 file.truncate(size)
 
     def _save(self, progress: checkpoints.Progress) -> None:
-        progress.metrics_bytes = self.folder.metrics.stat().st_size if self.ranks.first else 0
+        if self.ranks.first:
+            progress.metrics_bytes, progress.metrics_sha256 = self.folder.metrics.stat().st_size, digest(self.folder.metrics)
         if self.objective is not None:
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
         checkpoints.save(self.folder.checkpoints, progress, self.trained, self.optimizer, self.scheduler, self.ranks)
