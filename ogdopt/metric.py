@@ -242,14 +242,15 @@ def _tangent(form: Form, base: Optimizer, entry: Entry, a: float, b: float, firs
     decay = 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
     winner = torch.zeros_like(local(p)) if w is None else local(w)
     for w_, l_, p_, *rest in chunks(winner, local(l), local(p), *(local(s[key]) for key in keys)):
-        l_ = l_.to(torch.promote_types(p_.dtype, torch.float32))
-        x = torch.sub(w_, l_, alpha=b / a).mul_(a).to(p_.dtype)
+        # Products in float64: of gradients of 1e-30, or 1e30, float32 has none, and b is then 1e60.
+        w_, l_ = w_.double(), l_.double()
+        x = (a * w_).sub_(l_, alpha=b).to(p_.dtype)
         P = form.gain(group, step, form.second(group, dict(zip(keys, rest)), x + decay * p_ if decay else x))
-        r = P * x
-        sums = [_sum(r * l_), _sum(r * r)]
+        r = (P * x).double()
+        sums = [_dot(r, l_), _dot(r, r)]
         if first:
-            weighted = P * l_
-            sums += [a * _sum(weighted * w_), a * _sum(weighted * l_)]
+            weighted = l_ * P
+            sums += [a * _dot(weighted, w_), a * _dot(weighted, l_)]
         total[: len(sums)] += torch.stack(sums)
     return total
 
@@ -286,27 +287,28 @@ def correct(
         row = torch.zeros(5, dtype=torch.float64, device=local(entry.p).device)
         if entry.w is not None:
             for _, u, l, P, r in _changes(form, base, entry, ab[k]):
-                Pu, Pl = P * u, P * l
-                row += torch.stack([_sum(x) for x in (Pu * u, Pu * l, Pl * l, r * u, r * l)])
+                Pu, Pl = u * P, l * P
+                row += torch.stack([_dot(*pair) for pair in ((Pu, u), (Pu, l), (Pl, l), (r, u), (r, l))])
         rows.append(row)
     p, q = _multipliers(ranks.pooled(rows, sizes).cpu(), a.cpu(), b.cpu(), own)
     for entry, k in zip(entries, per_tensor):
         if entry.w is not None and (p[k] != 0 or q[k] != 0):
             for theta, u, l, P, _ in _changes(form, base, entry, ab[k]):
-                theta -= P * (p[k].item() * u - q[k].item() * l)
+                theta -= (p[k].item() * u - q[k].item() * l).mul_(P).to(theta)
 
 
 def _multipliers(products: Tensor, a: Tensor, b: Tensor, own: float) -> tuple[Tensor, Tensor]:
     """(p, q) of the nearest r + p P g_w - q P g_l that keeps both constraints, for use with u and g_l.
 
-    `products`, (K, 5), are <u, u>, <u, g_l>, <g_l, g_l> in the metric P, <r, u> and <r, g_l>.
+    `products`, (K, 5), are <u, u>, <u, g_l>, <g_l, g_l> in the metric P, <r, u> and <r, g_l>. Where g_l is 0, or opposed to
+    g_w, only the winner's constraint is left, or the one that implies the other.
     """
     uu, ul, ll, ru, rl = products.unbind(1)
     zero, parallel = torch.zeros_like(uu), a == 0
     a = torch.where(parallel, 1.0, a)
     wl, ww = (ul - b * ll) / a, (uu - 2 * b * ul + b * b * ll) / (a * a)
     area = ww * ll - wl * wl
-    parallel = parallel | (area <= 1e-14 * ww * ll)
+    parallel = parallel | ((wl > 0) & (area <= 1e-14 * ww * ll))
     rw = (ru - b * rl) / a
     delta = own * a * (ww - ratio(wl.clamp(min=0) ** 2, ll)).clamp(min=0)  # <u, g_w> for a times the projection of g_w
     excess = ratio(rl, ll)  # of the change along g_l
@@ -325,7 +327,7 @@ def _multipliers(products: Tensor, a: Tensor, b: Tensor, own: float) -> tuple[Te
 
 
 def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, float] | None = None) -> Iterator[tuple[Any, ...]]:
-    """Chunks of (theta, u, g_l, P, r) of one parameter after the step; g_l is 0 where there is none.
+    """Chunks of (theta, u, g_l, P, r) of one parameter after the step; all but theta float64, g_l 0 where there is none.
 
     With `driven`, (1/a, b) of the block, P is the metric that g_w = (u - b g_l)/a would make.
     """
@@ -339,7 +341,8 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
     assert u is not None
     losers = [] if l is None else [local(l)]
     for theta, u_, *rest in chunks(local(p.detach()), local(u), *(local(s[key]) for key in keys), *losers):
-        l_ = rest.pop().to(theta) if losers else theta.new_zeros(())
+        u_ = u_.double()
+        l_ = rest.pop().to(u_) if losers else torch.zeros_like(u_)
         state = dict(zip(keys, rest))
         P = form.gain(group, step, form.kept(group, state))
         r = form.change(group, state, u_.to(theta), P)
@@ -347,13 +350,13 @@ def _changes(form: Form, base: Optimizer, entry: Entry, driven: tuple[float, flo
             k = float(group["lr"]) * decay if decoupled else P * decay
             r = (r + k * theta) / (1 - k)  # of the parameter as it was before the step
         if driven is not None:
-            P = form.gain(group, step, form.second(group, state, (u_ - driven[1] * l_) * driven[0]))
-        yield theta, u_, l_, P, r
+            P = form.gain(group, step, form.second(group, state, ((u_ - driven[1] * l_) * driven[0]).to(theta)))
+        yield theta, u_, l_, P, r.double()
 
 
 def _tolerance(p: Tensor) -> float:
     return TOLERANCE.get(p.dtype.to_real(), 1e-4)
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.sum().double()  # of a chunk: pairwise, so that float32 is right to its rounding
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1))

@@ -161,6 +161,13 @@ def test_in_the_optimizers_metric_every_step_keeps_its_promise_on_many_ranks(wor
     assert len(cosines) == 30 and all(winner < 0 and loser > -1e-5 for winner, loser in cosines)
 
 
+@pytest.mark.parametrize("case", ["fsdp2_zero", "fsdp2_opposed", "ddp_zero", "fsdp1_tiny"])
+def test_old_momentum_costs_winners_nothing_where_losers_have_no_say_on_many_ranks(world, case):
+    """A loser's gradient of zero, or against the winner's, after steps the other way."""
+    results = world(2, f"turned_{case}")
+    assert results[0] == results[1] and results[0][0] < 0 <= results[0][1]
+
+
 @pytest.mark.parametrize("kind", MAX_NORM)
 def test_the_reference_clips_some_steps_moves_and_skips_none(kind):
     one = alone(kind)

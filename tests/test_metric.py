@@ -54,7 +54,7 @@ def give(opt, ps, w, l):
     for context, gs in ((opt.loser, l), (opt.winner, w)):
         with context():
             for p, g in zip(ps, gs):
-                p.grad = g.clone()
+                p.grad = None if g is None else g.clone()
 
 
 def take_step(opt, ps, gradients):
@@ -84,6 +84,59 @@ def test_the_change_keeps_theorems_5_3_and_5_4(name, seed, steps, max_norm, scop
         _, winner, loser = take_step(opt, ps, gradients)
         assert winner < 0
         assert loser >= -1e-8
+
+
+SPECIAL = {
+    "zero": lambda w, l: [0 * x for x in l],
+    "zero in one tensor": lambda w, l: [0 * l[0], l[1]],
+    "missing in one tensor": lambda w, l: [None, l[1]],
+    "opposed": lambda w, l: [-0.3 * x for x in w],
+    "opposed in one tensor": lambda w, l: [-0.3 * w[0], l[1]],
+    "tiny": lambda w, l: [1e-20 * x for x in l],
+    "tiny and opposed": lambda w, l: [-1e-20 * x for x in w],
+    "tiny in one tensor": lambda w, l: [1e-20 * l[0], l[1]],
+    "huge": lambda w, l: [1e20 * x for x in l],
+}
+"""Losers' gradients that leave only the winners' constraint, or nearly so."""
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(
+    special=st.sampled_from(sorted(SPECIAL)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 10_000),
+    before=st.integers(0, 4),
+    scope=st.sampled_from(["global", "group", "tensor"]),
+    size=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_momentum_against_a_step_and_a_loser_without_a_say(name, special, dtype, seed, before, scope, size):
+    """Steps of one kind, then the winner turns round and the loser is special: realised, not only to be expected."""
+    kind, options = BASES[name]
+    ps, gradients = problem(seed, dtype=dtype)
+    with torch.no_grad():
+        for p in ps:
+            p.mul_(1e-2)
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "lr": 3 * options["lr"]}]
+    opt = ProjectedGradient(kind(groups, **options), metric="optimizer", scope=scope)
+    w, l = gradients()
+    w, l = [size * x for x in w], [size * x for x in l]
+    for _ in range(before):
+        give(opt, ps, [-x for x in w], [-x for x in l])
+        opt.step()
+    old = [p.detach().clone() for p in ps]
+    l = SPECIAL[special](w, l)
+    give(opt, ps, w, l)
+    report = opt.step()
+    assert not report.skipped
+    eps = torch.finfo(dtype).eps
+    for gs, sign, slack in ((w, 1, 0.0), (l, -1, 1e-6 if dtype == torch.float32 else 1e-8)):
+        moves = [(p.detach().double() - q.double(), q.double(), g.double()) for p, q, g in zip(ps, old, gs) if g is not None]
+        change = sum((d * g).sum().item() for d, _, g in moves)
+        lengths = [sum(x.square().sum().item() for x in xs) ** 0.5 for xs in zip(*moves)]
+        rounding = eps * sum(((d.abs() + q.abs()) * g.abs()).sum().item() for d, q, g in moves)
+        assert sign * change <= slack * lengths[0] * lengths[2] + 4 * rounding
+    if dtype == torch.float64:
+        assert sum((d * g.double()).sum().item() for d, g in zip([p.detach() - q for p, q in zip(ps, old)], w)) < 0
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -521,6 +521,16 @@ def elementless(**options):
     return found | {"plain": opt.step().grad_norm ** 2}
 
 
+def turned(model, mine, share_of_winner, **options):
+    """(<delta, g_w>, <delta, g_l>) of a step with momentum against it, and a loser that is so much of the winner."""
+    base = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    opt = ProjectedGradient(base, metric="optimizer", measure_change=True, **options)
+    for sign in (-1.0, -1.0, -1.0, 0.1):
+        winner, _ = closures("mistral", model, mine)
+        report = opt.step(lambda s=sign, f=winner: s * f(), lambda s=sign, f=winner: share_of_winner * s * f())
+    return report.loss_changes
+
+
 def barren(**options):
     """FSDP1 with a loser that reaches no parameter: every rank hears of it, and of which side."""
     model = fsdp1("toy", use_orig_params=True)
@@ -699,6 +709,10 @@ def pairs():
     others = {
         "separate_models_alone": lambda: separate(process_group=single),
         "fsdp1_elementless": lambda: elementless(**world()),
+        "turned_fsdp2_zero": lambda: turned(sharded("mistral"), share(), 0.0),
+        "turned_fsdp2_opposed": lambda: turned(sharded("mistral"), share(), -1.0),
+        "turned_ddp_zero": lambda: turned(ddp(), share(), 0.0, scope="tensor"),
+        "turned_fsdp1_tiny": lambda: turned(fsdp1(), share(), -1e-20, **world()),
         "spoiled_here_fsdp2": lambda: spoiled_here("toy", sharded("toy"), share(), lambda m: m.b.weight, torch.inf),
         "spoiled_here_ddp": lambda: spoiled_here("toy", ddp("toy", **unused), share(), lambda m: m.module.b.bias, torch.nan),
         "spoiled_here_tp": lambda: spoiled_here("block", tensor_parallel_block(), whole, lambda m: m.down.bias, torch.nan),
