@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from ogdopt_harness.analysis.study_reader import Evaluation
+from ogdopt_harness.common.files import read_json
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.data.examples import Encoder
 from ogdopt_harness.data.rows import Row
@@ -197,7 +198,7 @@ def test_the_file_is_what_was_returned_and_what_the_report_reads(toy):
     folder, _, _, rows, config = toy
     result = run(folder, config, name="deep/er/epoch-3.json")
     path = folder / "deep/er/epoch-3.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == result and [*path.parent.iterdir()] == [path]
+    assert read_json(path) == result and [*path.parent.iterdir()] == [path]
     assert result["model"] == "model/epoch-1" and result["run"] == "ogd" and result["epoch"] == 1 and result["seconds"] > 0
     assert set(result["versions"]) >= {"lm_eval", "transformers", "torch"} and result["style"] is None
     assert result["settings"]["reply_delimiter"] == " " and result["settings"]["truncated_prompts"] == 0

@@ -6,15 +6,15 @@ without `complete.json`, or with an epoch that was not evaluated, is named in `S
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ogdopt_harness.common.files import DamagedError, read_json
 from ogdopt_harness.common.keys import EPOCH, EPOCHS, STEP
-from ogdopt_harness.common.run_folder import RunFolder, SeedFolder, StudyFolder, read_json
+from ogdopt_harness.common.run_folder import RunFolder, SeedFolder, StudyFolder
 
 LAST = ("ogd", "ogd_metric")  # methods after all others, as in the paper's table
 
@@ -53,7 +53,7 @@ class Evaluation:
     def read(cls, path: str | Path) -> Evaluation:
         """Read `evals/epoch-<n>.json`. Raises ValueError where the file is not one, or an outcome is not 0 or 1."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_json(Path(path))
             tasks = {
                 task: {way: _answers(answers, f"{path}: task {task!r} ({way})") for way, answers in found["ways"].items()}
                 for task, found in raw["tasks"].items()
@@ -61,7 +61,7 @@ class Evaluation:
             if any("acc" in found["ways"].get("direct", {}) for found in raw["tasks"].values()):
                 for task, found in raw["tasks"].items():
                     tasks[task] |= _plainly(tasks[task], found["ways"], f"{path}: task {task!r} (acc)")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (DamagedError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a readable evaluation ({error!r}); expected the file that the evaluation stage writes: "
                 "delete it and evaluate this model again"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
-from ogdopt_harness.common.files import write_text
+from ogdopt_harness.common.files import digest, write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.run_folder import AnswersFolder, short_name
 from ogdopt_harness.config import ranges
@@ -108,6 +108,7 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
             "model": model,
             "weights": fingerprint(model, config=about),
             "prompts": prompts,
+            "prompts_sha256": digest(Path(prompts)) if Path(prompts).is_file() else None,
             **kept,
             "backend": backend,
         }

@@ -29,10 +29,9 @@ from ogdopt_harness.common.sources import HUB_ID
 from ogdopt_harness.common.tables import NONE, Table, interval, markdown_text, number, p_text, percent
 from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import RECIPES, Config, command
+from ogdopt_harness.evaluation.kept import fingerprint_of, settled
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.pipeline.manifest import record
-
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,13 @@ def _evaluated(subject: Subject, config: Config, directory: Path) -> Path:
         facts = {"name": subject.name, "kind": "evaluation", "method": "none", "model": str(subject.model)}
         record(home, {"evals": config.evals, "tokenizer": config.model.tokenizer_name_or_path}, facts)
     ranks.barrier()
-    weights = [file.stat().st_mtime for pattern in WEIGHTS for file in subject.model.glob(pattern)]
-    missing = not output.is_file() or output.stat().st_mtime < max(weights, default=0.0)
+    words = config.model.tokenizer_name_or_path
+    tokenizer = Path(words) if words else None
+    missing = ranks.rank() == 0 and not settled(output, fingerprint_of(config.evals, subject.model, tokenizer))
     if ranks.merged({ranks.rank(): missing})[0]:  # the first decides: another machine may not see its files
         if ranks.rank() == 0:
             print(f"evaluating {subject.name}", flush=True)
-        words = config.model.tokenizer_name_or_path
         where: dict[str, Any] = {"run": subject.name, "epoch": 1, "seed_dir": None, "device": device_name(config.device)}
-        tokenizer = Path(words) if words else None
         evaluate(subject.model, config.evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer)
     return output
 

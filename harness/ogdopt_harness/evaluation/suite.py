@@ -35,12 +35,13 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ogdopt_harness.common import ranks
-from ogdopt_harness.common.files import write_text
+from ogdopt_harness.common.files import sealed, write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.run_folder import partial
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.evaluation.items import Row, judge_style, names_answer, read_items, read_style
+from ogdopt_harness.evaluation.kept import fingerprint_of
 from ogdopt_harness.evaluation.lm import EvalLM, Messages, fold_system, load
 from ogdopt_harness.evaluation.official import OFFICIAL, official_tasks
 from ogdopt_harness.modeling.fingerprint import fingerprint
@@ -66,7 +67,7 @@ def evaluate(
     answers a share, and the first writes the file. Raises ValueError for a model, a benchmark file or a task that cannot be
     used; warns where prompts lost their beginning because the model cannot read that many tokens.
     """
-    start = time.perf_counter()
+    start, wanted = time.perf_counter(), fingerprint_of(config, model_dir, tokenizer)
     ranges.check(config, "evals")
     shown = model_dir.relative_to(seed_dir) if seed_dir and model_dir.is_relative_to(seed_dir) else model_dir
     terminal = sys.stderr
@@ -100,6 +101,7 @@ def evaluate(
         "model": str(shown),
         "run": run,
         "epoch": epoch,
+        "fingerprint": wanted,
         "seconds": round(time.perf_counter() - start, 2),
         "versions": versions(),
         "settings": settings(config, lm),
@@ -107,7 +109,7 @@ def evaluate(
         "style": style_answers(samples["style"]) if "style" in local else None,
     }
     if ranks.rank() == 0:
-        write_text(output, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(output, json.dumps(sealed(result), ensure_ascii=False, allow_nan=False) + "\n")
         lm.journal.remove()
     ranks.barrier()
     return result

@@ -22,6 +22,7 @@ from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, StageConfig, as_dict
 from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
 from ogdopt_harness.data.world import make_world
+from ogdopt_harness.evaluation.kept import fingerprint_of, settled
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.modeling.broadcast import outlined
 from ogdopt_harness.modeling.build import build_model, load_model
@@ -323,13 +324,16 @@ class SeedStudy:
     def _evaluate(self, folder: RunFolder, model: Path | str, epoch: int) -> None:
         evals = self.config.evals
         output = folder.evaluation(epoch)
-        if not (evals.tasks or evals.lm_eval_tasks) or self.ranks.tell(output.is_file):
+        if not (evals.tasks or evals.lm_eval_tasks):
+            return
+        words = None if Path(model).is_relative_to(self.home.path) else self._words  # a base model may have no template
+        tokenizer = Path(words) if words else None
+        if self.ranks.tell(lambda: settled(output, fingerprint_of(evals, Path(model), tokenizer))):
             return
         if self.ranks.first:
             print(f"[seed {self.seed}] evaluating {folder.name}, epoch {epoch}", flush=True)
-        words = None if Path(model).is_relative_to(self.home.path) else self._words  # a base model may have no template
         where = {"run": folder.name, "epoch": epoch, "seed_dir": self.home.path, "device": str(self.device)}
-        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=Path(words) if words else None)
+        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer)
 
 
 def least(run: RunFolder, key: str) -> float:
