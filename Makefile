@@ -24,10 +24,10 @@ venv: .venv/ready
 	touch $@
 
 run: venv
-	$(BIN)/python harness/run.py $(ARGS)
+	$(BIN)/ogdopt run $(ARGS)
 
 study: venv
-	$(BIN)/python harness/run.py study $(NAME) $(ARGS)
+	$(BIN)/ogdopt study $(NAME) $(ARGS)
 
 bench: venv .venv/bench
 	$(BIN)/python -m benchmarks.bench $(ARGS)

@@ -31,7 +31,8 @@ from benchmarks import common
 from ogdopt import ProjectedGradient
 from ogdopt.losses import Completion, Pairs, dpo, nll
 from ogdopt_harness.common import ranks
-from ogdopt_harness.config.schema import RECIPES, ModelConfig, StageConfig
+from ogdopt_harness.config.recipes import RECIPES
+from ogdopt_harness.config.schema import ModelConfig, StageConfig
 from ogdopt_harness.modeling.build import architecture
 from ogdopt_harness.modeling.memory import Load, Shape, parts, shape_of
 from ogdopt_harness.modeling.score import completion_logps

@@ -11,7 +11,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from ogdopt_harness.config.schema import Config, DataConfig, LoraConfig, ModelConfig, parse
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.schema import Config, DataConfig, LoraConfig, ModelConfig
 from ogdopt_harness.data.examples import collate
 from ogdopt_harness.modeling.adapters import adapted, bare, merged
 from ogdopt_harness.modeling.export import export

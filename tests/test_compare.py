@@ -1,11 +1,12 @@
-"""`run.py tax`: what it says of models whose outcomes are known, above all where that is: nothing."""
+"""`ogdopt tax`: what it says of models whose outcomes are known, above all where that is: nothing."""
 
 import json
 
 import numpy as np
 import pytest
 
-from ogdopt_harness.commands.tax import main, subjects
+from ogdopt_harness.cli import command
+from ogdopt_harness.commands.tax import subjects
 from ogdopt_harness.common.run_folder import short_name
 
 # The paper's benchmarks at their real sizes, with plausible accuracies of a 7B model (chance).
@@ -70,7 +71,7 @@ def models(tmp_path_factory):
 
 
 def told(models, out, capsys, *names):
-    main([*(str(models / f"{name}.json") for name in names), "--study.output_dir", str(out)])
+    command(["tax", *(str(models / f"{name}.json") for name in names), "--study.output_dir", str(out)])
     printed = " ".join(capsys.readouterr().out.split())
     return printed, json.loads((out / "tax.json").read_text())
 
@@ -114,11 +115,11 @@ def test_a_benchmark_that_the_reference_cannot_do_is_left_out_and_named(tmp_path
 def test_other_settings_and_other_questions_are_named(models, tmp_path, capsys):
     rng = np.random.default_rng(2)
     other = write(tmp_path / "b.json", outcomes(rng), {"limit": 5})
-    main([str(models / "sft.json"), other, "--study.output_dir", str(tmp_path / "o")])
+    command(["tax", str(models / "sft.json"), other, "--study.output_dir", str(tmp_path / "o")])
     assert "b was evaluated with other settings than sft: limit is 5, not None" in capsys.readouterr().out.replace("\n", " ")
     few = write(tmp_path / "few.json", outcomes(rng), tasks=["piqa"])
     with pytest.raises(ValueError, match=r"task 'social_iqa' \(direct\) is in .*sft.json but not in .*few.json"):
-        main([str(models / "sft.json"), few, "--study.output_dir", str(tmp_path / "o")])
+        command(["tax", str(models / "sft.json"), few, "--study.output_dir", str(tmp_path / "o")])
 
 
 def test_words_stand_for_runs_models_and_files(models, tmp_path):
@@ -137,10 +138,11 @@ def test_words_stand_for_runs_models_and_files(models, tmp_path):
             subjects(wrong)
     sft = str(models / "sft.json")
     for words, message in [
-        ([sft], "found 1 models"),
-        ([sft, sft, "--dry_run"], "has no --dry_run"),
+        ([sft], "MODEL is missing"),
+        ([sft, sft, "--dry_run"], "--dry_run: there is no such option"),
+        ([sft, sft, "--sft.seed", "1"], "--sft.seed: tax has no use for it; take it out"),
         ([sft, sft], "sft is named twice"),
-        ([], "found 0 models"),
+        ([], "REFERENCE is missing"),
     ]:
         with pytest.raises(ValueError, match=message):
-            main([*words, "--study.output_dir", str(tmp_path)])
+            command(["tax", *words, "--study.output_dir", str(tmp_path)])

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from ogdopt_harness.config.schema import RECIPES, Config, recipe_file
+from ogdopt_harness.config.recipes import RECIPES, recipe_file
+from ogdopt_harness.config.schema import Config
 from ogdopt_harness.config.strict import check_file, check_value
 
 BILLION = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
@@ -39,7 +40,7 @@ CASES = {
 def test_what_is_refused(text, tmp_path):
     (file := tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"mine\.yaml.*{CASES[text]}|{CASES[text]}") as said:
-        recipe_file(str(file))
+        recipe_file(str(file), Config)
     assert "mine.yaml" in str(said.value)
 
 
@@ -55,7 +56,7 @@ def test_what_is_no_file_or_no_text(tmp_path):
         ".": "is a folder",
     }.items():
         with pytest.raises(ValueError, match=message):
-            recipe_file(str(tmp_path / name) if name != "/dev/zero" else name)
+            recipe_file(str(tmp_path / name) if name != "/dev/zero" else name, Config)
 
 
 def test_our_recipes_are_as_strict():

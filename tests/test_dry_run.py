@@ -9,7 +9,8 @@ import yaml
 
 from ogdopt_harness import cli
 from ogdopt_harness.commands import dry_run
-from ogdopt_harness.config.schema import LoraConfig, ModelConfig, StageConfig, command
+from ogdopt_harness.commands.usage import asked, parse
+from ogdopt_harness.config.schema import LoraConfig, ModelConfig, StageConfig
 from ogdopt_harness.data.examples import Example
 from ogdopt_harness.data.preview import CLOSE, OPEN, histogram, marked
 from ogdopt_harness.modeling.build import architecture, build_model, load_model
@@ -181,7 +182,7 @@ def test_the_warning_about_bfloat16_is_true(lr):
 def test_a_run_warns_of_bfloat16_weights_under_small_steps(tmp_path):
     settings = ["--config", recipe(tmp_path), "--model.dtype", "bfloat16"]
     with pytest.warns(UserWarning, match=r"preference: model.dtype is bfloat16 and the learning rate 1e-06.*98% of weights"):
-        SeedStudy(command(settings).config, 0)
+        SeedStudy(parse(settings), 0)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------------
@@ -239,10 +240,8 @@ def recipe(folder, **changes):
 
 
 def start(*words):
-    """What `run.py --dry_run` with these words returns."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["run.py", "--dry_run", *words])
-        return cli.answer()
+    """What `ogdopt run --dry_run` with these words returns."""
+    return cli.answer(["run", "--dry_run", *words])
 
 
 def test_a_7b_recipe_offline(tmp_path, capsys, nothing_is_loaded):
@@ -273,7 +272,7 @@ def test_all_mistakes_are_told_together(tmp_path, capsys):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text(json.dumps(PAIRS[0] | {"rejected": ""}) + "\n")
     words = ["--config", recipe(tmp_path), "--preference.data.train", str(rows), "--sft.data.train", "nothing.jsonl"]
-    assert start(*words, "--world-size", "100") == 1
+    assert start(*words, "--world-size", "100") == 2
     said = capsys.readouterr().err
     assert said.count("no file or folder nothing.jsonl") == 1 and "preference.train_batch_size is 64 on 100 processes" in said
     assert f"{rows}:1: " in said and "column 'rejected'" in said
@@ -288,13 +287,12 @@ def test_the_miniature_study(tmp_path, capsys, nothing_is_loaded, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_options_of_a_dry_run_are_no_settings(capsys):
-    asked = command(["--dry-run", "--world-size", "4", "--methods", "ogd"])
-    assert (asked.dry_run, asked.world_size, asked.config.methods) == (True, 4, ["ogd"])
-    assert not command([]).dry_run and command([]).world_size == 1
-    with pytest.raises(SystemExit):
-        command(["--dry_run", "--world_size", "0"])
-    assert "--world_size is 0; expected 1 or more processes" in capsys.readouterr().err
+def test_the_options_of_a_dry_run_are_no_settings():
+    found, _ = asked("run", ["--dry-run", "--world-size", "4", "--methods", "ogd"])
+    assert (found.dry_run, found.world_size, found.config.methods) == (True, 4, ["ogd"])
+    assert not asked("run", [])[0].dry_run and asked("run", [])[0].world_size == 1
+    with pytest.raises(ValueError, match="--world_size is 0; expected 1 or more processes"):
+        asked("run", ["--dry_run", "--world_size", "0"])
 
 
 # ---- the architecture in a recipe -----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ogdopt.projection import orthogonal
-from ogdopt_harness.config.schema import RECIPES, parse
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.recipes import RECIPES
 from ogdopt_harness.studies import entanglement, entanglement_lab, sentiment_lab
 from ogdopt_harness.studies.entanglement_lab import Course, Runs
 from ogdopt_harness.studies.sentiment_lab import (

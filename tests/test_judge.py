@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("openai")
 
 from ogdopt_harness.analysis.winrate import length_controlled, win_rate
-from ogdopt_harness.commands.judge import JudgeConfig, judge, main, verdict_of
+from ogdopt_harness.cli import command
+from ogdopt_harness.commands.judge import judge, verdict_of
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.config.commands import JudgeConfig
 from ogdopt_harness.evaluation import endpoint
 from ogdopt_harness.evaluation.endpoint import Endpoint, Prices, SpentError
 from tests.hub import write_rows
@@ -210,8 +212,8 @@ def test_the_best_of_several_epochs_is_named(tmp_path, capsys):
     with serving(prefers_good) as server:
         words = [str(base), *map(str, epochs), "--base_url", server.url, "--cache", str(tmp_path / "c"), "--samples", "100"]
         with pytest.raises(ValueError, match=r"above the budget of \$0.00; nothing was asked"):
-            main([*words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0"])
-        main([*words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0", "--yes"])
+            command(["judge", *words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0"])
+        command(["judge", *words, "--backoff", "0.01", "--price", "[1, 1]", "--budget", "0", "--yes"])
     out = capsys.readouterr().out
     assert "Highest win rate: ogd/epoch-2" in " ".join(out.split())
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ogdopt_harness.analysis.study_reader import Evaluation
-from ogdopt_harness.commands import tax
-from ogdopt_harness.config.schema import RECIPES, EvalConfig, TaskConfig, parse
+from ogdopt_harness.cli import command
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.schema import EvalConfig, TaskConfig
 from ogdopt_harness.evaluation.lm import EvalLM
 from ogdopt_harness.evaluation.official import OFFICIAL, official_tasks
 from ogdopt_harness.evaluation.suite import evaluate
@@ -44,7 +45,7 @@ def asked(folder, names, output="out.json", **options):
 
 @pytest.mark.filterwarnings("ignore:.*lost their beginning")
 def test_all_eight_with_their_own_prompts_metrics_and_strata(hub, monkeypatch):
-    assert parse([], recipe=RECIPES / "tax.yaml").evals.lm_eval_tasks == EIGHT == list(OFFICIAL)
+    assert parse(["--config", "tax"]).evals.lm_eval_tasks == EIGHT == list(OFFICIAL)
     prompts = []
     stock = EvalLM.apply_chat_template
     monkeypatch.setattr(EvalLM, "apply_chat_template", lambda *a, **k: prompts.append(stock(*a, **k)) or prompts[-1])
@@ -190,7 +191,7 @@ def test_two_processes_answer_as_one_does(toy):
     options = ["--evals.tasks", json.dumps(tasks), "--evals.lm_eval_tasks", "[]", "--evals.batch_size=2", "--device=cpu"]
     options += ["--evals.max_new_tokens=4", "--report.samples=200"]
     models = [str(folder / "model"), str(folder / "tuned")]
-    tax.main([*models, *options, "--study.output_dir", str(folder / "one")])
+    command(["tax", *models, *options, "--study.output_dir", str(folder / "one")])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "harness/run.py")]
     words += ["tax", *models, *options, "--study.output_dir", str(folder / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ogdopt_harness.commands import pairs
-from ogdopt_harness.commands.pairs import PairsConfig, make_pairs
+from ogdopt_harness.commands.pairs import make_pairs
+from ogdopt_harness.config.commands import PairsConfig
 from ogdopt_harness.config.schema import DataConfig
 from ogdopt_harness.data.examples import load_preferences
 from tests.test_lm_evals import NEW, export, tiny_model, word_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from ogdopt_harness import cli
 from ogdopt_harness.analysis.paper import BASELINE, TABLE_1, TITLE, comparable, reduction
 from ogdopt_harness.analysis.tax import Interval, tax
-from ogdopt_harness.config.schema import RECIPES, parse
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.recipes import RECIPES
 from tests.hub import EIGHT, lay_out_eight
 
 MAGPIE = Path(__file__).parents[2] / "shared/data/hub_format/Magpie-Align__Magpie-Llama-3.1-Pro-DPO-100K-v0.1.jsonl"
@@ -82,8 +83,7 @@ def test_the_recipes_are_appendix_a2(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_recipes_pass_the_dry_run_offline(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["run.py", "--config", str(RECIPES / f"{name}.yaml"), "--dry_run", "--world_size", "8"])
-    assert cli.answer() == 0
+    assert cli.answer(["run", "--config", name, "--dry_run", "--world_size", "8"]) == 0
     out = capsys.readouterr().out
     assert "7,248,023,552 parameters" in out and "nothing was written" in out and not list(tmp_path.iterdir())
 
@@ -106,15 +106,16 @@ def test_the_recipe_end_to_end_with_the_best_epoch_chosen_by_a_judge(tmp_path, m
     pytest.importorskip("openai")
     if not MAGPIE.is_file():
         pytest.skip(f"no {MAGPIE}")
-    from ogdopt_harness.commands.generate import GenerateConfig, generate
-    from ogdopt_harness.commands.judge import JudgeConfig, judge
+    from ogdopt_harness.commands.generate import generate
+    from ogdopt_harness.commands.judge import judge
+    from ogdopt_harness.config.commands import GenerateConfig, JudgeConfig
     from tests.hub import write_rows
     from tests.stub_server import serving
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     lay_out_eight(tmp_path / "hub", n=6, subjects=1)
-    words = ["run.py", "--config", str(RECIPES / "mistral_7b_magpie_pro.yaml"), "--study.output_dir", "out"]
+    words = ["run", "--config", "mistral_7b_magpie_pro", "--study.output_dir", "out"]
     words += ["--model.model_name_or_path=null", f"--model.architecture={json.dumps(TINY)}", "--model.vocab_size=600"]
     words += ["--model.tokenizer_name_or_path=null", "--model.gradient_checkpointing=false", "--device=cpu", "--threads=1"]
     for stage in ("sft", "preference"):
@@ -123,8 +124,7 @@ def test_the_recipe_end_to_end_with_the_best_epoch_chosen_by_a_judge(tmp_path, m
         words += [f"--{stage}.data.on_long_row=truncate"]
     words += ["--preference.num_train_epochs=2", "--preference.beta=0.1", "--report.samples=200"]
     words += ["--evals.lm_eval_tasks=piqa,boolq", "--evals.lm_eval_data=hub", "--evals.limit=6"]
-    monkeypatch.setattr("sys.argv", words)
-    assert cli.answer() == 0, capsys.readouterr().err
+    assert cli.answer(words) == 0, capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
     assert TITLE in report and "−0.1638%" in report and "−19.2612%" in report and "99.15%" in report
     assert "At matched preference learning (held-out preference accuracy" in report
@@ -155,7 +155,7 @@ def test_the_recipe_end_to_end_with_the_best_epoch_chosen_by_a_judge(tmp_path, m
     with serving(first_epoch_wins) as server:
         answers = [seed / name / "answers" / f"epoch-{n}" for name in ("dpo_beta0.1", "ogd") for n in (1, 2)]
         judge(Path("baseline"), answers, JudgeConfig(base_url=server.url, cache="judged.jsonl"))
-    assert cli.answer() == 0
+    assert cli.answer(words) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["criterion"] == "judged win rate"
     assert results["runs"]["ogd"]["best"]["epoch"] == [1] and results["runs"]["dpo_beta0.1"]["best"]["epoch"] == [2]

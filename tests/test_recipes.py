@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from ogdopt_harness.commands.usage import parse
 from ogdopt_harness.config.located import located
-from ogdopt_harness.config.schema import RECIPES, LoraConfig, ModelConfig, parse
+from ogdopt_harness.config.recipes import RECIPES
+from ogdopt_harness.config.schema import LoraConfig, ModelConfig
 from ogdopt_harness.data.examples import load_preferences
 from ogdopt_harness.modeling.adapters import trained_parts
 from ogdopt_harness.modeling.build import architecture

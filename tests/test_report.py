@@ -105,7 +105,7 @@ def write_study(
         "config": config,
         "versions": {"torch": "2.13", "numpy": "2.4"},
         "git": "abc123",
-        "command": "python harness/run.py <x>",
+        "command": "ogdopt run <x>",
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(about))
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""`run.py separation`: what it measures of models before and after, and what it refuses."""
+"""`ogdopt separation`: what it measures of models before and after, and what it refuses."""
 
 import json
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ogdopt.dynamics import means, priority, separation
-from ogdopt_harness.commands.separation import SeparationConfig, asked, decision, main, measure
+from ogdopt_harness.cli import command
+from ogdopt_harness.commands.separation import asked, decision, measure
+from ogdopt_harness.config.commands import SeparationConfig
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.behaviours import made_up
 from ogdopt_harness.modeling.build import build_model
@@ -48,7 +50,8 @@ def rows(tmp_path):
 
 def test_measures_of_two_models(models, rows, tmp_path, capsys):
     paths, tokenizer, config = models
-    main([*paths, "--data_dir", rows, "--output_dir", str(tmp_path / "out"), "--limit", "10", "--device", "cpu"])
+    words = [*paths, "--data_dir", rows, "--output_dir", str(tmp_path / "out"), "--limit", "10", "--device", "cpu"]
+    command(["separation", *words])
     assert "distinguishability" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "separation.json").read_text())["measures"]
     assert len(found) == 2 and {p.name for p in (tmp_path / "out").glob("*.svg")} == {"music.svg", "sport.svg"}

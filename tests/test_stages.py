@@ -1,10 +1,14 @@
 """What surrounds the loop: placeholders, recorded settings, lists on the command line, and the recipes."""
 
+import subprocess
+
 import pytest
 import yaml
 
+from ogdopt_harness.commands.usage import parse
 from ogdopt_harness.config.located import located
-from ogdopt_harness.config.schema import RECIPES, Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict, parse
+from ogdopt_harness.config.recipes import RECIPES
+from ogdopt_harness.config.schema import Config, DataConfig, EvalConfig, StageConfig, TaskConfig, as_dict
 from ogdopt_harness.pipeline import manifest
 from ogdopt_harness.pipeline.manifest import differences, record
 from ogdopt_harness.training.methods import runs
@@ -53,6 +57,27 @@ def test_git_outside_a_checkout(monkeypatch):
     assert manifest._git() == "unknown"
 
 
+def test_an_installation_inside_another_repository_does_not_name_its_commit(tmp_path, monkeypatch):
+    """Neither where the package lies deep in it (project/.venv/lib), nor where it lies as it does in its own checkout."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    for folder in (tmp_path / ".venv/lib/site-packages/ogdopt_harness", tmp_path / "harness/ogdopt_harness"):
+        monkeypatch.setattr(manifest, "__file__", str(folder / "pipeline" / "manifest.py"))
+        assert manifest._git() == "unknown"
+    (folder / "cli.py").parent.mkdir(parents=True)
+    (folder / "cli.py").write_text("")
+    git("add", "harness")
+    git("commit", "-q", "-m", "ours")
+    assert manifest._git() == git("rev-parse", "HEAD").strip()
+    (folder / "cli.py").write_text("changed")
+    assert manifest._git() == git("rev-parse", "HEAD").strip() + "+"
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read(recipe):
     config = parse(["--config", str(recipe)])
@@ -67,7 +92,7 @@ def test_every_recipe_is_read(recipe):
 def test_defaults_are_the_papers_recipe():
     """SPEC 1.4 (appendix A.2)."""
     config = Config()
-    assert config.model.model_name_or_path == "mistralai/Mistral-7B-v0.3"
+    assert config.model.model_name_or_path == config.model.tokenizer == "mistralai/Mistral-7B-v0.3"
     sft, preference = config.sft, config.preference
     assert (sft.optimizer, sft.learning_rate, sft.warmup_ratio, sft.num_train_epochs) == ("Adam", 5e-6, 0.1, 1)
     assert (sft.train_batch_size, sft.train_on_prompt, sft.seed) == (256, True, 0)
@@ -132,11 +157,11 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("harness/recipes/tradeoff.yaml", "expected the recipe's name alone: --config tradeoff\n"),
-        ("trade", "expected a YAML file or one of the recipes gpt2_sentiment, "),
+        ("harness/recipes/tradeoff.yaml", "no such file; expected the recipe's name alone: --config tradeoff"),
+        ("trade", "there is no such recipe or YAML file; did you mean tradeoff"),
     ],
 )
-def test_a_recipe_that_is_not_there(word, message, capsys):
-    with pytest.raises(SystemExit):
+def test_a_recipe_that_is_not_there(word, message):
+    with pytest.raises(ValueError) as caught:
         parse(["--config", word])
-    assert f"--config {word}: no such file; {message}" in capsys.readouterr().err
+    assert f"--config {word}: {message}" in str(caught.value)

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from ogdopt.diagnostics import entanglement, weights
 from ogdopt.gram import gram
 from ogdopt.losses import LOSSES, Pairs, dpo, kto_unpaired, simpo, sparse
-from ogdopt_harness.config.schema import LoraConfig, SparseConfig, parse
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.schema import LoraConfig, SparseConfig
 from ogdopt_harness.data.examples import Example, Preferences, collate, mismatched
 from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.modeling.shard import prepare

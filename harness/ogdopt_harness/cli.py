@@ -1,43 +1,26 @@
-"""Everything from one command: `ogdopt`, or `torchrun harness/run.py` on several processes.
+"""Everything from one command: `ogdopt COMMAND`, or `torchrun harness/run.py` on several processes; `ogdopt --help` lists all.
 
-    ogdopt                                        the miniature study, on a laptop
-    ogdopt run --config RECIPE --section.option value ...        a study; `run` may be left out
-    torchrun --nproc-per-node 8 harness/run.py --config RECIPE ...       on eight processes
-    ogdopt study NAME                             a toy study of a paper; without NAME it lists them
-    ogdopt run --config RECIPE --dry_run [--world_size 8]        checks and reckons, loads and writes nothing
-    ogdopt tax REFERENCE MODEL...                 what any models or runs forgot against the first of them
-    ogdopt generate MODEL PROMPTS --format F      a model's answers, for AlpacaEval, Arena-Hard, WildBench and judge
-    ogdopt judge BASELINE ANSWERS...              whose answers a judge prefers
-    ogdopt separation MODEL... --data_dir F       how far apart models put behaviours, before and after
-    ogdopt pairs ROWS --chosen A --rejected B     pairs out of models' own samples, scored by a rule
-    ogdopt sentiment --data_dir FOLDER            tweets as preference pairs in one style, for recipe gpt2_sentiment
-
-In a clone, `python harness/run.py` is the same command.
+ogdopt run                                    the miniature study, on a laptop
+ogdopt run --config RECIPE --section.option value ...        a study; `run` may be left out before options
+torchrun --nproc-per-node 8 harness/run.py --config RECIPE ...       on eight processes, in a clone
+torchrun --nproc-per-node 8 -m ogdopt_harness --config RECIPE ...    the same of an installation
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from ogdopt_harness.common.process import FIRST, SEVERAL
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads cost several times on shared cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-COMMANDS = {
-    "run": "ogdopt_harness.commands.run",
-    "study": "ogdopt_harness.commands.study",
-    "tax": "ogdopt_harness.commands.tax",
-    "generate": "ogdopt_harness.commands.generate",
-    "judge": "ogdopt_harness.commands.judge",
-    "pairs": "ogdopt_harness.commands.pairs",
-    "separation": "ogdopt_harness.commands.separation",
-    "sentiment": "ogdopt_harness.commands.sentiment",
-}
-"""First word of the command line -> the module whose `main` takes the words behind it."""
+MISTAKE = 2
+"""Exit status for what a message explains: argparse's, of which launchers and shells know it."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -51,24 +34,69 @@ def terminated(*_: object) -> None:
     raise Terminated
 
 
-def answer() -> int:
-    """Run the command of `sys.argv` and return its exit status.
+def command(words: Sequence[str]) -> None:
+    """Do what the words ask for. Raises ValueError for a mistake of them or of what they name."""
+    from ogdopt_harness.commands.usage import USAGES, asked
+    from ogdopt_harness.config.options import meant, nearest
 
-    0: finished, or stopped by SIGTERM; 1: a mistake that a message explains; 130: Ctrl-C.
-    """
-    words = sys.argv[1:]
-    if not words or words[0].startswith("-"):
-        words = ["run", *words]
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help", "help", "--version"):
+        print(version() if name == "--version" else front())
+        return
+    if name.startswith("-"):
+        name, rest = "run", list(words)
+    if name not in USAGES:
+        raise ValueError(f"there is no command {name!r}{meant(nearest(name, USAGES), '')} (`ogdopt --help` lists them)")
+    if any(word in ("-h", "--help") for word in rest):
+        print(help_of(name, rest))
+        return
+    options, places = asked(name, rest)
+    importlib.import_module(f"ogdopt_harness.commands.{name}").main(options, **places)
+
+
+def version() -> str:
+    """The version, as it was installed."""
     try:
-        if words[0] not in COMMANDS:
-            raise ValueError(f"there is no command {words[0]!r}; expected one of {', '.join(COMMANDS)}, or options, see --help")
-        importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+        return f"ogdopt {importlib.metadata.version('ogdopt')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "ogdopt, not installed"
+
+
+def front() -> str:
+    """The page of `ogdopt --help`."""
+    from ogdopt_harness.commands.usage import USAGES
+    from ogdopt_harness.config.help import front
+
+    return front({name: usage.summary for name, usage in USAGES.items()}, version().partition(" ")[2])
+
+
+def help_of(name: str, words: Sequence[str]) -> str:
+    """The page of a command, or of the section that is named after --help."""
+    from ogdopt_harness.commands.usage import USAGES, toy_list, toy_usage
+    from ogdopt_harness.config.help import page
+
+    at = next(k for k, word in enumerate(words) if word in ("-h", "--help"))
+    if name == "study":
+        return page(toy_usage(words[0])) if at else f"{page(USAGES[name])}\n\nstudies:\n{toy_list()}"
+    return page(USAGES[name], next(iter(words[at + 1 : at + 2]), None))
+
+
+def answer(words: Sequence[str]) -> int:
+    """Run a command and return its exit status.
+
+    0: finished, or stopped by SIGTERM; 2: a mistake that a message explains; 130: Ctrl-C.
+    """
+    try:
+        command(words)
     except ValueError as error:
         if os.environ.get("OGDOPT_TRACEBACK"):
             raise
         if str(error):  # else another process says it
-            print(f"\nerror: {error}\n(OGDOPT_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 1
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except BrokenPipeError:  # whoever read the output, as `head` does, has had enough of it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is open until the process ends
+        return 0
     except KeyboardInterrupt as stopped:
         if FIRST:
             text = str(stopped) or "What was finished is kept"
@@ -77,10 +105,13 @@ def answer() -> int:
     return 0
 
 
-def main() -> None:
-    """Be the process of a command: stop in order on SIGTERM, end with the command's status."""
+def main(default: str | None = None) -> None:
+    """Be the process of a command: stop in order on SIGTERM, end with the command's status.
+
+    `default` is the command of a command line without words.
+    """
     signal.signal(signal.SIGTERM, terminated)
-    status = answer()
+    status = answer(sys.argv[1:] or ([default] if default else []))
     if SEVERAL:  # the others may be dead, and taking down connections would wait for them
         sys.stdout.flush()
         sys.stderr.flush()

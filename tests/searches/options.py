@@ -5,7 +5,8 @@ import random
 import typing
 
 from ogdopt_harness.commands.dry_run import dry_run
-from ogdopt_harness.config.schema import Config, command
+from ogdopt_harness.commands.usage import parse
+from ogdopt_harness.config.schema import Config
 
 from . import Found, attempt
 
@@ -63,7 +64,7 @@ def cases():
 
 def words(changes):
     """The command line of the small study with these options."""
-    return [word for name, value in {**BASE, **changes}.items() for word in (f"--{name}", value)]
+    return ["--config", "miniature", *(word for name, value in {**BASE, **changes}.items() for word in (f"--{name}", value))]
 
 
 def tried(name, value, folder, seconds=60.0):
@@ -71,7 +72,7 @@ def tried(name, value, folder, seconds=60.0):
     changes = {name: value} | ({} if name == "study.output_dir" else {"study.output_dir": str(folder)})
 
     def work():
-        dry_run(command(words(changes)).config, 1)
+        dry_run(parse(words(changes)), 1)
 
     section, _, last = name.rpartition(".")
     return attempt(work, (name, last, *([section] if "." in section else [])), seconds)
@@ -107,11 +108,8 @@ def without_range():
         names = {field.name for field in dataclasses.fields(kind)}
         missing.extend(f"{kind.__name__}.{name} is no option" for name in ranges.ranges_of(kind) if name not in names)
 
-    from ogdopt_harness.commands.generate import GenerateConfig
-    from ogdopt_harness.commands.judge import JudgeConfig
-    from ogdopt_harness.commands.pairs import PairsConfig
-    from ogdopt_harness.commands.separation import SeparationConfig
+    from ogdopt_harness.commands.usage import USAGES
 
-    for kind in (Config, GenerateConfig, JudgeConfig, PairsConfig, SeparationConfig):
+    for kind in {usage.options for usage in USAGES.values()} | {usage.apart for usage in USAGES.values() if usage.apart}:
         walk(kind)
     return missing

@@ -103,7 +103,7 @@ def beside(found: Comparison, data: str) -> Table:
     ]
     note = (
         "The paper's TAX has no interval; ours has the basic bootstrap's. Our reduction is given only where DPO β=0.1 forgot "
-        "clearly: a ratio to noise says nothing. The win rate is that of `run.py judge`, against the baseline that it was "
+        "clearly: a ratio to noise says nothing. The win rate is that of `ogdopt judge`, against the baseline that it was "
         "given, and no Arena-Hard figure."
     )
     return Table(TITLE, columns, rows, note)

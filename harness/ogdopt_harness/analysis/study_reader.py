@@ -121,7 +121,7 @@ class Run:
     evaluate_every: int | None = None
     """Steps between a joint run's evaluations of both objectives, where it has such."""
     judged: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What `run.py judge` found, by epoch: answers/epoch-<n>/judge.json."""
+    """What `ogdopt judge` found, by epoch: answers/epoch-<n>/judge.json."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one logged quantity; empty lists where it was not logged."""
@@ -182,9 +182,7 @@ def read_study(directory: str | Path, evaluated: bool = True) -> Study:
     home = StudyFolder(Path(directory))
     folders = home.seeds()
     if not folders:
-        raise ValueError(
-            f"{directory} holds no seed-<k> folder; expected the directory of a study that harness/run.py has made"
-        )
+        raise ValueError(f"{directory} holds no seed-<k> folder; expected the directory of a study that `ogdopt run` has made")
     incomplete: list[str] = []
     config = home.settings()
     settings = config.get("config") or config

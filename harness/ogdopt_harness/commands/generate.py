@@ -1,4 +1,4 @@
-"""Greedy answers of a model to a benchmark's prompts: `run.py generate MODEL PROMPTS --format FORMAT --output_dir DIR`.
+"""Greedy answers of a model to a benchmark's prompts: `ogdopt generate MODEL PROMPTS --format FORMAT --output_dir DIR`.
 
 Answers are kept in `DIR/answers.jsonl` as they come, longest prompts first; the same command goes on from there, and at the end
 writes the file that the benchmark's own judge reads (`evaluation/answer_files.py`). vLLM is used where it is installed and
@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jsonargparse
 import torch
 from tqdm import tqdm
 
@@ -25,8 +24,7 @@ from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import digest, write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.run_folder import AnswersFolder, short_name
-from ogdopt_harness.config import ranges
-from ogdopt_harness.config.schema import check_device
+from ogdopt_harness.config.commands import GenerateConfig
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
 from ogdopt_harness.evaluation.lm import decoded, ends_of, greedy, load, load_words
 from ogdopt_harness.modeling.fingerprint import fingerprint
@@ -35,35 +33,6 @@ from ogdopt_harness.pipeline.manifest import record
 
 TOO_LONG = 0.05  # share of answers that were cut off, above which a warning is due
 BLOCK = 256  # prompts that vLLM is given at once
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What is asked of whom, and where the answers go."""
-
-    output_dir: str
-    """Folder of answers.jsonl and of the benchmark's file."""
-    format: Literal["arena_hard", "arena_hard_2024", "wildbench", "alpaca_eval", "prompts"] = "prompts"
-    name: str | None = None
-    """The model's name in the benchmark's files; null: the last folders of its path."""
-    max_new_tokens: int = 4096
-    """Longest answer in tokens; less where the model cannot read that many after the prompt."""
-    batch_size: int = 16
-    backend: Literal["auto", "vllm", "transformers"] = "auto"
-    tokenizer: str | None = None
-    """Folder or hub id of the tokenizer with its chat template; null: the model's own."""
-    token_counter: Literal["tiktoken", "model"] = "tiktoken"
-    """Who counts the tokens of an answer that Arena-Hard's style control goes by: tiktoken, as its own scripts, or the model's
-    tokenizer."""
-    split: str = "test"
-    """Split of a hub data set of prompts."""
-    limit: int | None = None
-    """Only the first so many prompts."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -76,16 +45,10 @@ class Asked:
     new_tokens: int
 
 
-def main(words: Sequence[str]) -> None:
+def main(config: GenerateConfig, model: str, prompts: str) -> None:
     """Answer all prompts and write the benchmark's file."""
-    parser = jsonargparse.ArgumentParser(prog="run.py generate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="Hugging Face folder or hub id")
-    parser.add_argument("prompts", help="JSONL, JSON or Parquet file of prompts, or a hub id")
-    parser.add_class_arguments(GenerateConfig)
-    given = parser.parse_args(list(words))
-    options = {name: value for name, value in given.as_dict().items() if name in GenerateConfig.__dataclass_fields__}
     with ranks.joined():
-        generate(given.model, given.prompts, GenerateConfig(**options))
+        generate(model, prompts, config)
 
 
 def generate(model: str, prompts: str, config: GenerateConfig) -> Path:

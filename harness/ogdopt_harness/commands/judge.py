@@ -1,4 +1,4 @@
-"""Whose answers a judge prefers: `run.py judge BASELINE ANSWERS... --judge MODEL`, each prompt in both orders.
+"""Whose answers a judge prefers: `ogdopt judge BASELINE ANSWERS... --judge MODEL`, each prompt in both orders.
 
 BASELINE and ANSWERS are files of answers (`evaluation/answer_files.py`) or folders that hold an answers.jsonl. The cost is
 estimated first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its
@@ -11,11 +11,9 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonargparse
 import numpy as np
 from rich.console import Console
 from rich.text import Text
@@ -26,7 +24,7 @@ from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.run_folder import AnswersFolder, answers_of, short_name
 from ogdopt_harness.common.tables import NONE, Table, interval, number, percent
-from ogdopt_harness.config import ranges
+from ogdopt_harness.config.commands import JudgeConfig
 from ogdopt_harness.evaluation.answer_files import Answer, Messages, read_answers
 from ogdopt_harness.evaluation.endpoint import LETTERS, PRICES, Endpoint, Prices, RefusedError
 
@@ -42,43 +40,6 @@ INSTRUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Who judges, and at what price."""
-
-    judge: str = "gpt-4o-mini-2024-07-18"
-    """The judge's model name; the paper chooses epochs with this one (appendix A.2)."""
-    base_url: str | None = None
-    """Address of another OpenAI-compatible server, e.g. http://localhost:8000/v1; null: OpenAI's."""
-    price: list[float] | None = None
-    """Dollars for a million input and output tokens, e.g. [0.15, 0.6]; null: the list price of the paper's judges, nothing for
-    a server of your own."""
-    budget: float = 1.0
-    """Dollars that may be spent: an estimate above it needs --yes, and nothing is asked that might go beyond it."""
-    yes: bool = False
-    """Spend what the estimate says, also above the budget: never more than the "at most" that it names."""
-    cache: str = "runs/judge_cache.jsonl"
-    """Answers of judges, so that nothing is paid twice."""
-    limit: int | None = None
-    """Only the first so many prompts."""
-    concurrency: int = 8
-    max_tokens: int = 1024
-    """Longest answer of the judge."""
-    expected_tokens: int = 300
-    """What an answer counts for in the estimate."""
-    max_retries: int = 6
-    timeout: float = 120.0
-    """Seconds that an answer may take."""
-    backoff: float = 0.5
-    """Seconds before a second attempt; doubled each time."""
-    samples: int = 10_000
-    """Bootstrap draws."""
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-
-
 class Game(NamedTuple):
     """One prompt with both answers in one order; the model's answer is A unless `swapped`."""
 
@@ -87,16 +48,9 @@ class Game(NamedTuple):
     messages: Messages
 
 
-def main(words: Sequence[str]) -> None:
+def main(config: JudgeConfig, baseline: str, answers: Sequence[str]) -> None:
     """Judge, print the table and write each model's judge.json."""
-    parser = jsonargparse.ArgumentParser(prog="run.py judge", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("baseline", help="answers that the others are compared with")
-    parser.add_argument("answers", nargs="+", help="answers of one or more models (or epochs) to the same prompts")
-    parser.add_class_arguments(JudgeConfig, skip={"yes"})
-    parser.add_argument("--yes", action="store_true", help="spend the estimate, above the budget too")
-    given = parser.parse_args(list(words))
-    options = {name: value for name, value in given.as_dict().items() if name in JudgeConfig.__dataclass_fields__}
-    judge(Path(given.baseline), [Path(path) for path in given.answers], JudgeConfig(**options))
+    judge(Path(baseline), [Path(path) for path in answers], config)
 
 
 def judge(baseline: Path, models: Sequence[Path], config: JudgeConfig) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own answers: `run.py pairs ROWS --chosen SOURCE --rejected SOURCE --output_dir DIR`.
+"""Preference pairs from a model's own answers: `ogdopt pairs ROWS --chosen SOURCE --rejected SOURCE --output_dir DIR`.
 
 A source is `row`, the answer that the row itself has, or a model (folder or hub id), of whose samples the best becomes the
 chosen answer and the worst the rejected one: the scenarios of "3D-properties", from any mix of sources.
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -32,8 +31,7 @@ from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
 from ogdopt_harness.common.run_folder import short_name
 from ogdopt_harness.common.sources import RowError, kind_of, read
-from ogdopt_harness.config import ranges
-from ogdopt_harness.config.schema import check_device
+from ogdopt_harness.config.commands import ROW, PairsConfig
 from ogdopt_harness.data.rows import as_messages, parse
 from ogdopt_harness.evaluation.items import judge_style, naming, read_patterns, read_rows
 from ogdopt_harness.evaluation.lm import decoded, ends_of, generating, load
@@ -41,46 +39,8 @@ from ogdopt_harness.modeling.fingerprint import fingerprint
 from ogdopt_harness.modeling.pretrained import read_config
 from ogdopt_harness.pipeline.manifest import record
 
-ROW = "row"
 NOT_SAMPLING = ("output_dir", "chosen", "rejected", "score", "limit", "device")
 """Options that may differ between commands on the same samples."""
-
-
-@dataclass(frozen=True)
-class PairsConfig:
-    """Where the two answers come from, how samples are drawn, and who says which is better."""
-
-    output_dir: str
-    """Folder of samples-<model>.jsonl and pairs.jsonl."""
-    chosen: str
-    """Source of the chosen answers: `row`, or a model's folder or hub id."""
-    rejected: str
-    """Source of the rejected answers, likewise."""
-    score: str
-    """Who scores a sample: `style:FILE` (1 for the JSON file's chosen_pattern, less 1 for its rejected_pattern), `answer` (1 if
-    it names the row's `answer`, else 0), or `scores:FILE` (JSONL of {prompt, answer, score})."""
-    num_return_sequences: int = 8
-    """Samples a prompt."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
-    """Prompt i of the rows is sampled with seed + i, whoever samples it."""
-    tokenizer: str | None = None
-    """Folder or hub id of the tokenizer with its chat template; null: each model's own."""
-    split: str = "train"
-    """Split of a hub data set of rows."""
-    limit: int | None = None
-    """Only the first so many rows."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        check_device(self.device)
-        if {self.chosen, self.rejected} == {ROW}:
-            raise ValueError("chosen and rejected are both 'row': those are the rows' own pairs; name a model for one of them")
-        if self.chosen == self.rejected and self.num_return_sequences < 2:
-            raise ValueError("one sample a prompt has no best and no worst; expected num_return_sequences of 2 or more")
 
 
 @dataclass(frozen=True)
@@ -98,15 +58,10 @@ class Ask:
 Score = Callable[[Ask, str], float]
 
 
-def main(words: Sequence[str]) -> None:
+def main(config: PairsConfig, rows: str) -> None:
     """Sample, score, and write the pairs."""
-    parser = jsonargparse.ArgumentParser(prog="run.py pairs", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", help="JSONL file or folder, or a hub id, of rows with a prompt")
-    parser.add_class_arguments(PairsConfig)
-    given = parser.parse_args(list(words))
-    options = {name: value for name, value in given.as_dict().items() if name in PairsConfig.__dataclass_fields__}
     with ranks.joined():
-        make_pairs(given.rows, PairsConfig(**options))
+        make_pairs(rows, config)
 
 
 def make_pairs(rows: str, config: PairsConfig) -> Path:

@@ -6,17 +6,18 @@ Stages meet in the study's directory alone; a finished one is skipped, an interr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 
+from ogdopt_harness.commands.usage import Asked
 from ogdopt_harness.common.process import FIRST
 from ogdopt_harness.common.run_folder import StudyFolder
-from ogdopt_harness.config.schema import Config, command
+from ogdopt_harness.config.schema import Config
 
 
-def main(words: Sequence[str]) -> None:
-    """Run what the words ask for, or, with --dry_run, say what it would take."""
-    asked = command(words)
+def main(asked: Asked) -> None:
+    """Run what is asked for, or, with --dry_run, say what it would take."""
+    if asked.note and FIRST:
+        print(asked.note, flush=True)
     if not asked.dry_run:
         run(asked.config)
         return

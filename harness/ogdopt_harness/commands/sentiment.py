@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import jsonargparse
-
+from ogdopt_harness.config.commands import SentimentConfig
 from ogdopt_harness.studies.sentiment_lab import write_pairs
 
 
-def main(argv: Sequence[str]) -> None:
+def main(config: SentimentConfig) -> None:
     """Write the rows of the sentiment experiment."""
-    jsonargparse.auto_cli(write_pairs, args=list(argv), as_positional=False)
+    write_pairs(config.data_dir, config.style, config.output_dir)

@@ -1,4 +1,4 @@
-"""How far apart models put the two classes of behaviours: `run.py separation MODEL... --data_dir FOLDER`, the first one before.
+"""How far apart models put the two classes of behaviours: `ogdopt separation MODEL... --data_dir FOLDER`, the first one before.
 
 For every behaviour of persona statements and every model (folder or hub id): distinguishability, concentration, the cosine of
 the decision boundary, and the priority that the behaviour has among all ("learning dynamics of alignment", section 4). Prints a
@@ -8,11 +8,9 @@ table, and writes separation.json and a picture of each behaviour's embeddings i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import matplotlib
 import torch
 from matplotlib.figure import Figure
@@ -24,8 +22,7 @@ from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json
 from ogdopt_harness.common.run_folder import short_name
 from ogdopt_harness.common.tables import NONE, Table, number, tiny
-from ogdopt_harness.config import ranges
-from ogdopt_harness.config.schema import check_device, listed
+from ogdopt_harness.config.commands import SeparationConfig
 from ogdopt_harness.data.behaviours import NO, YES, Behaviour, read_behaviours
 from ogdopt_harness.evaluation.lm import load
 from ogdopt_harness.modeling.adapters import bare
@@ -33,36 +30,11 @@ from ogdopt_harness.modeling.embeddings import embed, flat
 from ogdopt_harness.reporting.figures import PAPER
 
 
-@dataclass(frozen=True)
-class SeparationConfig:
-    """Which behaviours, how many questions, and where the files go."""
-
-    data_dir: str
-    """File or folder of persona statements, as in anthropics/evals."""
-    output_dir: str = "runs/separation"
-    """Folder of separation.json and the pictures."""
-    behaviours: list[str] | None = None
-    """Names of behaviours; null: all that have questions of either answer."""
-    limit: int = 500
-    """Most questions of either class."""
-    batch_size: int = 32
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        check_device(self.device)
-
-
-def main(words: Sequence[str]) -> None:
+def main(config: SeparationConfig, models: Sequence[str]) -> None:
     """Measure all models, print the table and write the files."""
-    parser = jsonargparse.ArgumentParser(prog="run.py separation", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="+", help="Hugging Face folders or hub ids; the first one is compared with")
-    parser.add_class_arguments(SeparationConfig)
-    given = parser.parse_args(listed(words, {"--behaviours"}))
-    options = {name: value for name, value in given.as_dict().items() if name in SeparationConfig.__dataclass_fields__}
-    table = measure(given.models, SeparationConfig(**options))
+    table = measure(models, config)
     Console().print(table.terminal(), table.note, "", sep="\n")
-    print(f"Written: {Path(options['output_dir']) / 'separation.json'}")
+    print(f"Written: {Path(config.output_dir) / 'separation.json'}")
 
 
 def measure(models: Sequence[str], config: SeparationConfig) -> Table:

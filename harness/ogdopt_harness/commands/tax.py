@@ -1,4 +1,4 @@
-"""TAX of any models against a reference: `run.py tax REFERENCE MODEL... [--config RECIPE] [--section.option value ...]`.
+"""TAX of any models against a reference: `ogdopt tax REFERENCE MODEL... [--config RECIPE] [--section.option value ...]`.
 
 Each of them is a Hugging Face folder or hub id, which is evaluated; a run's directory, every evaluated epoch of which takes
 part; or the file of an evaluation. The first is what the others are compared with, of a run its last epoch. By default the
@@ -21,6 +21,7 @@ from rich.text import Text
 from ogdopt_harness.analysis.comparison import ASKED, plain
 from ogdopt_harness.analysis.study_reader import Evaluation
 from ogdopt_harness.analysis.tax import Tax, compare, difference, reduction, unanswered, verdict
+from ogdopt_harness.commands.usage import Asked
 from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json, write_text
@@ -28,7 +29,7 @@ from ogdopt_harness.common.run_folder import RunFolder, short_name
 from ogdopt_harness.common.sources import HUB_ID
 from ogdopt_harness.common.tables import NONE, Table, interval, markdown_text, number, p_text, percent
 from ogdopt_harness.config.located import located
-from ogdopt_harness.config.schema import RECIPES, Config, command
+from ogdopt_harness.config.schema import Config
 from ogdopt_harness.evaluation.kept import fingerprint_of, settled
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.pipeline.manifest import record
@@ -43,18 +44,9 @@ class Subject:
     model: Path | None = None
 
 
-def main(words: Sequence[str]) -> None:
+def main(asked: Asked, reference: str, model: Sequence[str]) -> None:
     """Evaluate what has no evaluation yet, print the comparison, and write tax.md and tax.json into the study's directory."""
-    named = list(words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))])
-    asked = command(words[len(named) :], recipe=RECIPES / "tax.yaml", prog="run.py tax REFERENCE MODEL...")
-    if asked.dry_run:
-        raise ValueError("tax trains nothing, so it has no --dry_run; take the option out")
-    config = asked.config
-    if len(named) < 2:
-        raise ValueError(
-            f"tax: found {len(named)} models; expected two or more before the options: the reference first, e.g. "
-            "tax runs/mine/seed-0/supervised runs/mine/seed-0/ogd"
-        )
+    config, named = asked.config, [reference, *model]
     with ranks.joined():
         directory = config.study.directory
         config = located(config, str(directory / "data"), 0)

@@ -113,6 +113,9 @@ RANGES: dict[str, dict[str, Range]] = {
         "seed": SEED,
         "limit": COUNT,
     },
+    "ReportOptions": {"samples": DRAWS, "confidence": CONFIDENCE},
+    "ToyConfig": {"seeds": SEED},
+    "Launch": {"world_size": COUNT},
     "SeparationConfig": {"limit": Range(2, WHOLE), "batch_size": COUNT},
     "JudgeConfig": {
         "price": Range(0, 1e6),

@@ -1,4 +1,4 @@
-"""Configuration of a study: frozen dataclasses, read from YAML and dotted overrides by jsonargparse.
+"""Configuration of a study: frozen dataclasses, read from YAML and dotted overrides (`command_line.py`).
 
 Dataclass defaults are the paper's recipe (Mistral-7B, appendix A.2 of the OGD paper); the recipes in
 `harness/ogdopt_harness/recipes/` say what differs. Paths may hold `{data}`, which stands for the study's own data folder,
@@ -7,24 +7,14 @@ and `{data_dir}`, for yours.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import re
-import sys
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
+from ogdopt_harness.config import ranges
 
-from ogdopt_harness.common.files import read_regular
-from ogdopt_harness.config import ranges, strict
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what stands under an option
-RECIPES = Path(__file__).parent.parent / "recipes"
-DEFAULT_RECIPE = RECIPES / "miniature.yaml"
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,3})?")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -407,122 +397,6 @@ def check_device(name: str) -> None:
     """Raises ValueError unless it is the name of a kind of device."""
     if not DEVICE.fullmatch(name):
         raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<number> (mps, xpu)")
-
-
-LISTS = {
-    "--methods",
-    "--study.seeds",
-    "--preference.beta",
-    "--joint.lambdas",
-    "--joint.evaluate_every",
-    "--evals.lm_eval_tasks",
-    "--report_to",
-} | {f"--{stage}.data.{part}" for stage in ("sft", "preference", "joint") for part in ("train", "eval")}
-"""Options that also take plain commas: --methods ogd,dpo."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command line asks for."""
-
-    config: Config
-    dry_run: bool
-    """Check data and settings and say what a run would take, instead of running."""
-    world_size: int
-    """Processes that a dry run reckons with."""
-
-
-def parse(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Config:
-    """The configuration from a recipe and overrides: `[--config FILE] [--section.option value] ...`; see --help."""
-    return command(argv, recipe, prog).config
-
-
-def command(argv: Sequence[str] | None = None, recipe: Path = DEFAULT_RECIPE, prog: str = "run.py") -> Command:
-    """The command line: the configuration, and whether it is to be run or only checked.
-
-    Without --config it is `recipe`, the miniature study. Wrong options end the process with a message, as argparse does.
-    """
-    # Read first and apart: these are no settings of a study, so that no recipe and no --print_config holds them.
-    first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--dry_run", "--dry-run", action="store_true")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    first.add_argument("--world_size", "--world-size", type=int, default=world_size, metavar="N")
-    asked, given = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    if asked.world_size < 1:
-        first.error(f"--world_size is {asked.world_size}; expected 1 or more processes")
-    try:
-        for word in given:
-            strict.check_value(word)
-        given = [*_recipes(given)]
-    except ValueError as error:
-        first.error(str(error))
-    if not any(word == "--config" or word.startswith("--config=") for word in given):
-        given = ["--config", str(recipe), *given]
-    parser = jsonargparse.ArgumentParser(
-        prog=prog,
-        description="A study: one supervised stage, preference methods that start from it, what each forgot, and a report.",
-        epilog="--dry_run loads no weights and writes nothing: it checks data and settings, shows examples with the loss "
-        "positions marked, lengths, steps, schedule, memory by part, and what would be written where. --world_size N: the "
-        "number of processes it reckons with (default: the launcher's).",
-    )
-    parser.add_argument(
-        "--config", action="config", help="recipe: a name (miniature, ...) or a YAML file; options behind it override it"
-    )
-    parser.add_class_arguments(Config)
-    found = parser.instantiate(parser.parse_args(listed(given, LISTS)))
-    config = Config(**{f.name: found[f.name] for f in dataclasses.fields(Config)})
-    return Command(config, asked.dry_run, asked.world_size)
-
-
-def recipe_file(word: str) -> Path:
-    """The file of a recipe: one of the package's by its name, or a path.
-
-    Raises ValueError if there is neither, naming the recipes, and for a file that `strict.check_file` refuses.
-
-    >>> recipe_file("miniature") == DEFAULT_RECIPE
-    True
-    """
-    known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-    if word in known:
-        return known[word]
-    path = Path(word)
-    if path.is_file():
-        strict.check_file(path, Config)
-        return path
-    if path.stem in known and path.parent.name == "recipes":
-        raise ValueError(f"--config {word}: no such file; expected the recipe's name alone: --config {path.stem}")
-    if path.exists():
-        read_regular(path, "--config", strict.MOST_BYTES)
-    raise ValueError(f"--config {word}: no such file; expected a YAML file or one of the recipes {', '.join(known)}")
-
-
-def _recipes(words: Sequence[str]) -> Iterator[str]:
-    """The words, with the file of a recipe in the place of its name."""
-    before = ""
-    for word in words:
-        if before == "--config":
-            yield str(recipe_file(word))
-        elif word.startswith("--config="):
-            yield f"--config={recipe_file(word.removeprefix('--config='))}"
-        else:
-            yield word
-        before = word
-
-
-def listed(words: Sequence[str], options: Collection[str]) -> list[str]:
-    """Turn `--methods ogd,dpo` and `--methods=ogd,dpo`, of the options named, into the YAML lists that the parser reads."""
-    out: list[str] = []
-    for word in words:
-        name, sign, value = word.partition("=")
-        if name in options and sign:
-            out.append(f"{name}={_listed(value)}")
-        else:
-            out.append(_listed(word) if out and out[-1] in options else word)
-    return out
-
-
-def _listed(value: str) -> str:
-    return value if value.startswith("[") or value.startswith("--") else f"[{value}]"
 
 
 def as_dict(config: Any) -> Any:

@@ -61,13 +61,21 @@ def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any,
 
 
 def _git() -> str:
-    """The commit of this code, with a + if files differ from it; "unknown" outside a git checkout."""
-    root = Path(__file__).resolve().parents[3]
+    """The commit of this code, with a + if files differ from it; "unknown" where this package lies in no checkout of its own.
+
+    An installation inside a user's repository (as in `project/.venv`) is not told by that repository's commit.
+    """
+    package = Path(__file__).resolve().parent.parent
+    root = package.parent.parent
+    own = package.relative_to(root) / "cli.py"
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        found = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root or not git("ls-files", "--", str(own)):
+            return "unknown"
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found[0] + ("+" if found[1] else "")

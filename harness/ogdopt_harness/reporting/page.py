@@ -87,7 +87,7 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
     there is nothing to compare, or where models answered different questions.
     """
     study = read_study(study_dir)
-    settings = settings or _settings(study)
+    settings = settings or settings_of(study)
     found = measure(study, settings.samples, settings.confidence)
     joint = joint_runs(study)
     report = Report(
@@ -162,7 +162,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _settings(study: Study) -> ReportConfig:
+def settings_of(study: Study) -> ReportConfig:
+    """How a study's own configuration wants its report."""
     config = study.config.get("config", study.config)
     known = config.get("report") or {}
     return ReportConfig(**{key: known[key] for key in ("samples", "confidence", "paper") if key in known})

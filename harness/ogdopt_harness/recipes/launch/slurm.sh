@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SLURM, from the repository's root: sbatch harness/ogdopt_harness/recipes/launch/slurm.sh --config RECIPE [--section.option value ...]
+# SLURM, two machines of eight GPUs, from an environment in which `ogdopt` is installed.
+#     sbatch "$(ogdopt recipes slurm.sh)" --config RECIPE [--section.option value ...]
 # Two minutes before the time is up the processes get SIGTERM, save and end; the same command goes on from there.
 #SBATCH --job-name=ogdopt
 #SBATCH --nodes=2
@@ -12,4 +13,5 @@
 set -euo pipefail
 export HEAD NODES="$SLURM_NNODES" RUN="$SLURM_JOB_ID"
 read -r HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-srun --kill-on-bad-exit=1 harness/ogdopt_harness/recipes/launch/nodes.sh "$@"
+nodes="$(python -m ogdopt_harness recipes nodes.sh)" # SLURM runs a copy of this file, which has no neighbours
+srun --kill-on-bad-exit=1 bash "$nodes" "$@"
