@@ -26,6 +26,7 @@ from ogdopt_harness.modeling.memory import (
 )
 from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.modeling.shard import prepare
+from ogdopt_harness.modeling.tokenizer import train_tokenizer
 from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.trainer import Trainer
@@ -263,7 +264,9 @@ def test_local_files_stand_in_for_the_hub(tmp_path, capsys, nothing_is_loaded):
     out = capsys.readouterr().out
     assert "20 rows in a known form" in out and "3 steps an epoch, 15 in all, at most" in out
     assert "warning, preference: the warm-up takes 150 steps and the run ends after 15" in out
-    assert start(*words, "--model.model_name_or_path", "null", "--model.vocab_size", "400") == 0
+    words_of = [text for row in PAIRS for text in row.values() if isinstance(text, str)]
+    train_tokenizer(words_of, ModelConfig(None, vocab_size=400), tmp_path / "words")
+    assert start(*words, "--model.tokenizer_name_or_path", str(tmp_path / "words")) == 0
     out = capsys.readouterr().out
     assert f"[/INST]{OPEN} it is 0</s>{CLOSE}" in out and "20 of 20 rows used" in out and "15 in all\n" in out
 
@@ -291,7 +294,7 @@ def test_the_options_of_a_dry_run_are_no_settings():
     found, _ = asked("run", ["--dry-run", "--world-size", "4", "--methods", "ogd"])
     assert (found.dry_run, found.world_size, found.config.methods) == (True, 4, ["ogd"])
     assert not asked("run", [])[0].dry_run and asked("run", [])[0].world_size == 1
-    with pytest.raises(ValueError, match="--world_size is 0; expected 1 or more processes"):
+    with pytest.raises(ValueError, match="world_size is 0; expected 1 or more"):
         asked("run", ["--dry_run", "--world_size", "0"])
 
 
