@@ -146,7 +146,7 @@ def test_a_model_or_data_without_a_recipe_start_from_the_defaults(words):
     assert found.note == OWN_NOTE and config.world is None and config.evals == defaults.evals and config.sft == defaults.sft
     assert config.preference.learning_rate == defaults.preference.learning_rate and not config.model.architecture
     assert config.device == "auto" and config.threads is None and config.methods == ["ogd"]
-    assert config.model.tokenizer == config.model.model_name_or_path  # the model's own
+    assert config.model.words == config.model.model_name_or_path  # the model's own
 
 
 def test_spellings_of_the_same_options():

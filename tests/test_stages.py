@@ -92,7 +92,7 @@ def test_every_recipe_is_read(recipe):
 def test_defaults_are_the_papers_recipe():
     """SPEC 1.4 (appendix A.2)."""
     config = Config()
-    assert config.model.model_name_or_path == config.model.tokenizer == "mistralai/Mistral-7B-v0.3"
+    assert config.model.model_name_or_path == config.model.words == "mistralai/Mistral-7B-v0.3"
     sft, preference = config.sft, config.preference
     assert (sft.optimizer, sft.learning_rate, sft.warmup_ratio, sft.num_train_epochs) == ("Adam", 5e-6, 0.1, 1)
     assert (sft.train_batch_size, sft.train_on_prompt, sft.seed) == (256, True, 0)

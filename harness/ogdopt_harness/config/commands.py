@@ -65,7 +65,7 @@ class JudgeConfig:
     max_tokens: int = 1024
     """Longest answer of the judge."""
     expected_tokens: int = 300
-    """What an answer is reckoned with in the estimate."""
+    """What an answer counts for in the estimate."""
     max_retries: int = 6
     timeout: float = 120.0
     """Seconds that an answer may take."""
