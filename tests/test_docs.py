@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ogdopt_harness import cli
 from ogdopt_harness.commands.usage import USAGES, toy_usage
 from ogdopt_harness.config.command_line import split
 from tests import prose
@@ -101,8 +102,8 @@ DIALECT = re.compile(r"\b(behind|beside|whence|reckon\w*|hears?|losers|winners|a
 """Words with a plainer one: after, next to, where from, estimate, is logged to, rejected, chosen, falls back."""
 
 
-def test_pages_have_plain_words():
-    for name, text in PAGES.items():
+def test_pages_and_help_have_plain_words():
+    for name, text in {**PAGES, **prose.help_texts()}.items():
         assert not (found := DIALECT.findall(text)), (name, found)
 
 
@@ -127,7 +128,7 @@ LAUNCHED = re.compile(r'"\$\((?:\S+/)?ogdopt recipes \S+\.sh\)"')
 
 
 def commands():
-    """The words behind `ogdopt`, or what stands for it, in every line of the pages' shell blocks."""
+    """The words after `ogdopt`, or what stands for it, in every line of the pages' shell blocks."""
     for line in "\n".join(code for language, code in BLOCKS if language == "sh").replace("\\\n", " ").splitlines():
         found = COMMAND.match(LAUNCHED.sub("ogdopt run", line.partition("  #")[0].partition(" # ")[0].rstrip()))
         if found:
@@ -144,6 +145,19 @@ def test_commands_of_the_pages_have_the_options_they_are_shown_with(line):
         split(toy_usage(words[0]), words[1:])
     elif not {"--version", "--help"} & {name, *words}:
         split(USAGES[name], [word for word in words if word != "..."])
+
+
+CHEAP = [line for line in commands() if "--help" in line or line.split() in (["study"], ["recipes"], ["--version"])]
+
+
+@pytest.mark.parametrize("line", CHEAP)
+def test_cheap_commands_of_the_pages_run(line, capsys):
+    assert cli.answer(shlex.split(line)) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def test_there_are_cheap_commands():
+    assert len(CHEAP) >= 4
 
 
 def test_the_architecture_has_every_package_and_no_file_that_is_gone():

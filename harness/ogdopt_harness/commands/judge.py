@@ -1,7 +1,7 @@
 """Whose answers a judge prefers: `ogdopt judge BASELINE ANSWERS... --judge MODEL`, each prompt in both orders.
 
 BASELINE and ANSWERS are files of answers (`evaluation/answer_files.py`) or folders that hold an answers.jsonl. The cost is
-estimated first; nothing that is in the cache is asked again. Each model's result goes into judge.json beside its
+estimated first; nothing that is in the cache is asked again. Each model's result goes into judge.json next to its
 answers, where reports find it: runs/<study>/seed-<k>/<run>/answers/epoch-<n>/judge.json chooses that run's best epoch.
 """
 

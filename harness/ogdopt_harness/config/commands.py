@@ -1,4 +1,4 @@
-"""What the commands can be told, beside a study's configuration: dataclasses, whose fields are options."""
+"""The options of commands, apart from a study's configuration: dataclasses, whose fields are options."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class JudgeConfig:
     base_url: str | None = None
     """Address of another OpenAI-compatible server, e.g. http://localhost:8000/v1; null: OpenAI's."""
     price: list[float] | None = None
-    """Dollars for a million input and output tokens, e.g. [0.15, 0.6]; null: the list price of the paper's judges, nothing for
-    a server of your own."""
+    """Dollars for a million input and output tokens, e.g. [0.15, 0.6]. null: the list price of the paper's judges, or nothing
+    for a server of your own."""
     budget: float = 1.0
     """Dollars that may be spent: an estimate above it needs --yes, and nothing is asked that might go beyond it."""
     yes: bool = False
@@ -90,8 +90,8 @@ class PairsConfig:
     rejected: str
     """Source of the rejected answers, likewise."""
     score: str
-    """Who scores a sample: `style:FILE` (1 for the JSON file's chosen_pattern, less 1 for its rejected_pattern), `answer` (1 if
-    it names the row's `answer`, else 0), or `scores:FILE` (JSONL of {prompt, answer, score})."""
+    """Who scores a sample. `answer`: 1 if it names the row's `answer`, else 0. `scores:FILE`: JSONL of {prompt, answer, score}.
+    `style:FILE`: 1 for the JSON file's chosen_pattern, less 1 for its rejected_pattern."""
     num_return_sequences: int = 8
     """Samples a prompt."""
     temperature: float = 1.0
@@ -157,7 +157,7 @@ class ReportOptions:
     confidence: float | None = None
     """Level of the intervals, e.g. 0.95; null: the study's."""
     paper: Literal["magpie_pro", "magpie_air_gemma2"] | None = None
-    """Show the rows of the OGD paper's Table 1 for this data set beside ours; null: as the study."""
+    """Show the rows of the OGD paper's Table 1 for this data set next to ours; null: as the study."""
 
     def __post_init__(self) -> None:
         ranges.check(self)

@@ -115,7 +115,7 @@ class ModelConfig:
 
     @property
     def words(self) -> str | None:
-        """Where the tokenizer is: as told, or the model's own; None where one is trained."""
+        """Where the tokenizer is: as given, or the model's own; None where one is trained."""
         return self.tokenizer_name_or_path or self.model_name_or_path
 
     def at_stage(self, kind: str) -> ModelConfig:
