@@ -6,14 +6,33 @@ from collections.abc import Iterator
 
 from ogdopt_harness.analysis.comparison import ASKED, STYLE, Comparison
 from ogdopt_harness.analysis.tax import Tax
+from ogdopt_harness.common.keys import SKIPPED_STEPS, STEPS
 from ogdopt_harness.common.tables import interval, listing, number, p_text, percent
 
 
 def headline(found: Comparison) -> list[str]:
     """What the numbers say, in sentences: computed, also where the answer is 'noise' or 'another method won'."""
     if not found.ways:
-        return ["No TAX could be computed; see the warnings."]
-    return [*_who_won(found, found.ways[0]), *_noise(found, found.ways[0]), *_other_ways(found), *_doubts(found)]
+        return [*_skipped(found), "No TAX could be computed; see the warnings."]
+    return [
+        *_skipped(found),
+        *_who_won(found, found.ways[0]),
+        *_noise(found, found.ways[0]),
+        *_other_ways(found),
+        *_doubts(found),
+    ]
+
+
+def _skipped(found: Comparison) -> Iterator[str]:
+    """Steps that did nothing, of each run that has such."""
+    for seed in found.study.seeds:
+        runs = [("SFT", seed.supervised), *((found.label(name), run.complete) for name, run in seed.runs.items())]
+        for label, complete in runs:
+            if skipped := complete.get(SKIPPED_STEPS):
+                yield (
+                    f"{label}, seed {seed.seed}: {skipped} of {complete.get(STEPS)} steps were skipped, since their gradients "
+                    "were not finite."
+                )
 
 
 def _setting(found: Comparison) -> str:

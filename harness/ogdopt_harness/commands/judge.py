@@ -70,6 +70,7 @@ def judge(baseline: Path, models: Sequence[Path], config: JudgeConfig) -> list[d
         config.max_retries,
         config.timeout,
         backoff=config.backoff,
+        allow_http=config.allow_http,
     )
     games = {
         path: [game for key, own in mine.items() for game in _games(key, own, reference[key])] for path, mine in answers.items()

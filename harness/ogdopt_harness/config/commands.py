@@ -50,6 +50,8 @@ class JudgeConfig:
     """The judge's model name; the paper chooses epochs with this one (appendix A.2)."""
     base_url: str | None = None
     """Address of another OpenAI-compatible server, e.g. http://localhost:8000/v1; null: OpenAI's."""
+    allow_http: bool = False
+    """Whether `base_url` may be plain http to another machine, which shows the key to everyone on the way."""
     price: list[float] | None = None
     """Dollars for a million input and output tokens, e.g. [0.15, 0.6]. null: the list price of the paper's judges, or nothing
     for a server of your own."""

@@ -87,6 +87,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "eval_steps": COUNT,
         "save_steps": COUNT,
         "logging_steps": COUNT,
+        "max_skipped_steps": COUNT,
     },
     "EvalConfig": {"limit": COUNT, "batch_size": COUNT, "max_new_tokens": COUNT},
     "SparseConfig": {"learning_rate": RATE, "initial": ANY},

@@ -196,6 +196,8 @@ class StageConfig:
     export: Literal["all", "last"] = "all"
     """Which models are exported as Hugging Face folders: one for every epoch, or only the last."""
     logging_steps: int = 1
+    max_skipped_steps: int = 20
+    """A run ends, with a message, once so many steps in a row had gradients that are not finite."""
 
     @property
     def gradient_accumulation_steps(self) -> int:

@@ -48,6 +48,8 @@ class Progress:
     step: int = 0
     metrics_bytes: int = 0
     metrics_sha256: str = ""
+    skipped: int = 0
+    """Steps whose gradients were not finite."""
     seconds: float = 0.0
     schedule: dict[str, Any] = field(default_factory=dict)
     """Where a schedule of objectives stands, in what JSON keeps; empty for methods without one."""

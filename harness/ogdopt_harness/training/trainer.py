@@ -34,6 +34,7 @@ from ogdopt_harness.training.gradients import Collector
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.meter import Meter, utilization
 from ogdopt_harness.training.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
+from ogdopt_harness.training.skipped import Skipped
 from ogdopt_harness.training.trackers import Trackers
 
 
@@ -82,6 +83,8 @@ class Trainer(Collector):
             self.sparse.reference = self.reference["train_tokens"]
         progress = self._restored()
         meter, speed = Meter(self.device), Speed()
+        before = progress.skipped
+        skipped = Skipped(job.config.max_skipped_steps, before, progress.step)
         bar = Bar(job.label, plan.steps, progress.step, self.ranks.first)
         with closing(self.trackers), bar, stop_signals() as asked:
             signals = Signals(self.ranks, asked)
@@ -103,6 +106,8 @@ class Trainer(Collector):
                     progress.enough = self._enough(line)
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if line:
+                    progress.skipped = before + self.optimizer.skipped_steps
+                    skipped.look(progress.step, progress.skipped)
                     self._log({keys.STEP: progress.step, keys.EPOCH: progress.step / plan.steps_per_epoch} | line)
                 ended = progress.step == plan.steps or bool(progress.enough)
                 if ended or (epoch_ends and job.config.export == "all"):
@@ -113,8 +118,12 @@ class Trainer(Collector):
                     self._save(progress)
                 if stop:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
+        progress.skipped = before + self.optimizer.skipped_steps
+        skipped.look(progress.step, progress.skipped)
+        if (said := skipped.end(job.label)) and self.ranks.first:
+            tqdm.write(f"warning: {said}")
         done = {keys.STEPS: progress.step, keys.EPOCHS: math.ceil(progress.step / plan.steps_per_epoch)}
-        done |= {keys.SECONDS: progress.seconds, keys.SKIPPED_STEPS: self.optimizer.skipped_steps} | progress.costs
+        done |= {keys.SECONDS: progress.seconds, keys.SKIPPED_STEPS: progress.skipped} | progress.costs
         done |= {keys.WARNINGS: self.watch.warnings} | ({keys.STOPPED: progress.enough} if progress.enough else {})
         self.ranks.tell(lambda: self.folder.finish(done))
 
