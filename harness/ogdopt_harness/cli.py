@@ -15,10 +15,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ogdopt_harness.common.crash import of_memory, of_system, unexpected
 from ogdopt_harness.common.process import FIRST, SEVERAL
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads cost several times on shared cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+UNEXPECTED = 1
 MISTAKE = 2
 """Exit status for what a message explains: argparse's, of which launchers and shells know it."""
 
@@ -84,7 +86,8 @@ def help_of(name: str, words: Sequence[str]) -> str:
 def answer(words: Sequence[str]) -> int:
     """Run a command and return its exit status.
 
-    0: finished, or stopped by SIGTERM; 2: a mistake that a message explains; 130: Ctrl-C.
+    0: finished, or stopped by SIGTERM; 2: a mistake that a message explains; 1: a mistake of ours, its traceback saved;
+    130: Ctrl-C.
     """
     try:
         command(words)
@@ -97,6 +100,16 @@ def answer(words: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read the output, as `head` does, has had enough of it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is open until the process ends
         return 0
+    except (OSError, MemoryError) as error:
+        if os.environ.get("OGDOPT_TRACEBACK"):
+            raise
+        print(f"error: {of_system(error) if isinstance(error, OSError) else of_memory(error)}", file=sys.stderr)
+        return MISTAKE
+    except Exception as error:
+        if os.environ.get("OGDOPT_TRACEBACK"):
+            raise
+        print(f"error: {unexpected(error)}", file=sys.stderr)
+        return UNEXPECTED
     except KeyboardInterrupt as stopped:
         if FIRST:
             text = str(stopped) or "What was finished is kept"

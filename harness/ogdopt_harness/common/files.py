@@ -50,6 +50,15 @@ def read_regular(path: Path, option: str, most: int) -> bytes:
         raise ValueError(f"{option}: {path} cannot be read ({error.strerror or error}); correct the path") from error
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder that no other process has: temporary siblings of files and folders."""
+    for path in list(folder.rglob("*.tmp")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith("."):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) through a temporary sibling, its bytes on the disk before it takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,10 @@ def read(source: str, split: str, option: str) -> Iterator[tuple[str, Any]]:
 
     A row that cannot be decoded comes as a RowError. Raises ValueError if the source does not exist or breaks while it is read.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{option}: {source} begins with the home of a user who does not exist; correct the path") from error
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(FILE_ENDINGS))
         if not files:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ogdopt_harness.common.files import digest, read_json, sealed, write_json
+from ogdopt_harness.common.files import digest, read_json, sealed, sweep, write_json
 from ogdopt_harness.common.run_folder import SeedFolder
 from ogdopt_harness.common.sources import FILE_ENDINGS
 
@@ -52,6 +52,7 @@ def locked(home: SeedFolder) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(ours))
         file.flush()
+        sweep(home.path)
         yield
         file.truncate(0)
 

@@ -27,6 +27,7 @@ from ogdopt_harness.analysis.paper import beside, verdicts
 from ogdopt_harness.analysis.study_reader import Study, read_study
 from ogdopt_harness.analysis.tax import Tax, wilson
 from ogdopt_harness.common import keys
+from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.tables import (
     NONE,
     Table,
@@ -111,9 +112,9 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
         joint,
     )
     results = json.dumps(_results(report), indent=1, ensure_ascii=False, allow_nan=False)
-    study.folder.results.write_text(results + "\n", encoding="utf-8")
-    study.folder.text.write_text(_markdown(report), encoding="utf-8")
-    report.path.write_text(_html(report), encoding="utf-8")
+    write_text(study.folder.results, results + "\n")
+    write_text(study.folder.text, _markdown(report))
+    write_text(report.path, _html(report))
     return report
 
 
