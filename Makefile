@@ -17,7 +17,7 @@ BIN := .venv/bin
 venv: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "ogdopt needs Python 3.10-3.13, found " + sys.version.split()[0] + "; choose one with make PYTHON=python3.11"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "ogdopt needs Python 3.10 or newer, found " + sys.version.split()[0] + "; choose one with make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[harness,dev]'

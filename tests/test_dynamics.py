@@ -253,3 +253,9 @@ def test_the_study_on_given_statements(short, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"0 of 1 behaviours in .* have 30 questions"):
         (tmp_path / "few.jsonl").write_text(row())
         dynamics.study([7], data_dir=str(tmp_path / "few.jsonl"))
+
+
+def test_without_a_folder_data_are_generated_wherever_the_package_lies():
+    behaviours, source = dynamics._behaviours(None)
+    assert source == "generated" and len(behaviours) == len(dynamics.MADE_UP)
+    assert not {b.name for b in behaviours} & set(dynamics.PAPERS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -396,8 +395,7 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
 
     Args:
         seeds: One repetition each.
-        data_dir: File or folder of persona statements as in anthropics/evals; without it those in ../shared/data/persona, seen
-            from the repository, are taken where they are, and statements that are made up elsewhere.
+        data_dir: File or folder of persona statements as in anthropics/evals; without it statements are generated.
     """
     behaviours, source = _behaviours(data_dir)
     found = [unembedding(seed) for seed in seeds]
@@ -429,6 +427,7 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
                 draw_lines(flips)),
     ]  # fmt: skip
     notes = [
+        f"Data: {data_dir}." if data_dir else "Generated data: --data_dir FOLDER reads persona statements of anthropics/evals.",
         "Theorem 4.3 as printed is vacuous: the margin that it asks for is longer than every embedding on its own event, so it "
         "speaks of no example. Inequality (36) of its proof is tested instead. Equations (9)-(11) are the descent direction, "
         "and (24) is in beta-scaled logits.",
@@ -447,15 +446,14 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
 
 def _behaviours(data_dir: str | None) -> tuple[list[Behaviour], str]:
     """Five behaviours, and where they are from."""
-    beside = Path(__file__).resolve().parents[4] / "shared" / "data" / "persona"
-    if data_dir is None and not beside.is_dir():
-        return list(made_up(MADE_UP, 2 * USED).values()), "made up"
-    known = read_behaviours(data_dir or beside)
+    if data_dir is None:
+        return list(made_up(MADE_UP, 2 * USED).values()), "generated"
+    known = read_behaviours(data_dir)
     large = {name: b for name, b in known.items() if min(len(b.positive), len(b.negative)) >= USED}
     chosen = [name for name in PAPERS if name in large] if set(PAPERS) <= set(large) else list(large)[: len(PAPERS)]
     if len(chosen) < len(PAPERS):
         raise ValueError(
-            f"data_dir: {len(large)} of {len(known)} behaviours in {data_dir or beside} have {USED} questions of either "
+            f"data_dir: {len(large)} of {len(known)} behaviours in {data_dir} have {USED} questions of either "
             f"answer; expected at least {len(PAPERS)}"
         )
     return [large[name] for name in chosen], f"{len(known)} behaviours of anthropics/evals, of which the paper's five"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,15 +36,12 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
 
     Args:
         seeds: Seeds of the supervised stage's rows and of the order of pairs.
-        data_dir: Folder with sentiment/tweet_sentiment_train.jsonl.gz, rows {text, label_text}; null: shared/data beside this
-            repository if it has that file, else generated statements.
+        data_dir: Folder with sentiment/tweet_sentiment_train.jsonl.gz, rows {text, label_text}; without it they are generated.
     """
-    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
-    folder = data_dir or (str(beside) if (beside / FILE).is_file() else None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same figures where versions and the processor's instruction set are the same
     try:
-        data = Sentiment(load(folder))
+        data = Sentiment(load(data_dir))
         base = pretrained(data)
         styles, angles, maps, losses, rules = [], [], [], [], []
         for seed in seeds:
@@ -60,7 +56,7 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
             rules.append({"DPO": losses[-1]["DPO"]} | mixed | alone)
     finally:
         torch.set_num_threads(threads)
-    words = "tweets" if folder else "generated statements"
+    told = f"Data: tweets of {data_dir}." if data_dir else f"Generated data: --data_dir FOLDER reads tweets ({FILE})."
     sizes = f"{len(data.words):,} words, {sum(p.numel() for p in base.parameters()):,} parameters"
     return Findings(
         seeds,
@@ -73,7 +69,8 @@ def study(seeds: Sequence[int] = (0, 1, 2, 3, 4), data_dir: str | None = None) -
             Picture("rules", "Look for chosen bars above zero next to rejected bars that are not.", draw_bars(rules)),
         ],
         [
-            f"Data: {words}; one small model ({sizes}) instead of GPT-2, pretrained on the labels of such text in many words. "
+            told,
+            f"One small model ({sizes}) instead of GPT-2, pretrained on the labels of such text in many words. "
             "Answers have no end token. Settings were chosen on seeds 0 and 1, by the cosines at the start and by how far the "
             "first part moves.",
             "The answers of a pair are equally long, so that R-DPO is DPO here.",
