@@ -15,7 +15,10 @@ from ogdopt_harness.config.command_line import split
 from tests import prose
 
 ROOT = Path(__file__).parent.parent
-WRITTEN = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PAGES = {
     str(path.relative_to(ROOT)): text
     for path, text in ((path, path.read_text(encoding="utf-8")) for path in WRITTEN)
