@@ -89,16 +89,24 @@ def merged(model: PeftModel, weights: Mapping[str, Tensor] | None = None) -> dic
     peft's own merging writes into the frozen weights, and taking it back leaves its rounding there.
     """
     layers: dict[str, Any] = {name: m for name, m in bare(model).named_modules() if hasattr(m, "get_delta_weight")}
+    changes: dict[str, list[str]] = {}
+    for name, layer in layers.items():  # a weight, or a parameter such as the experts' own: several wrap one module
+        changes.setdefault(f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}", []).append(name)
     weights = model.state_dict() if weights is None else weights
     found: dict[str, Tensor] = {}
     for full_name, value in weights.items():
         name = full_name.removeprefix("base_model.model.")
-        module, inside, kind = name.partition(".base_layer.")
-        if inside and kind == "weight":
-            value = (value.float() + _change(layers[module], f"base_model.model.{module}", weights)).to(value.dtype)
-        if inside or not any(name.startswith(f"{layer}.") for layer in layers):
-            found[f"{module}.{kind}" if inside else name] = value
+        if any(name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.") for layer in layers):
+            continue  # an adapter's own
+        for layer in changes.get(_plain(name), ()):
+            value = (value.float() + _change(layers[layer], f"base_model.model.{layer}", weights)).to(value.dtype)
+        found[_plain(name)] = value
     return found
+
+
+def _plain(name: str) -> str:
+    """The name of a weight or module in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _change(layer: Any, name: str, weights: Mapping[str, Tensor]) -> Tensor:
@@ -106,6 +114,11 @@ def _change(layer: Any, name: str, weights: Mapping[str, Tensor]) -> Tensor:
     embeds = f"{name}.lora_embedding_A.default" in weights
     names = [f"{name}.lora_{'embedding_' * embeds}{part}.default{'' if embeds else '.weight'}" for part in "BA"]
     B, A = (weights[n].detach().float() for n in names)
+    experts = getattr(layer, "num_experts", 1)
+    if experts > 1:  # A is (experts r, in) and B (out, r experts); the parameter has a matrix an expert
+        A, B = A.reshape(experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, experts)
+        order = "eoi" if layer._did_swap_in_out_features else "eio"
+        return torch.einsum(f"ore,eri->{order}", B, A) * layer.scaling["default"]
     change = (B @ A) * layer.scaling["default"]
     return change.T if embeds or getattr(layer, "fan_in_fan_out", False) else change
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ogdopt_harness.common.files import check_sealed
@@ -117,18 +117,15 @@ def load_pretrained(kind: Any, name_or_path: str | Path, option: str, **options:
 
 def unreadable(source: Source, what: str, error: BaseException) -> ValueError:
     """The error for what another library could not read, with its first line."""
-    reason = (str(error).strip().splitlines() or [""])[0]
     return source.refused(
-        f"no {what} at {source.name!r} ({type(error).__name__}: {reason})",
+        f"no {what} at {source.name!r} ({type(error).__name__}: {first_line(error)})",
         "expected a Hugging Face folder, a hub id or a .gguf file (offline only ids in the local cache can be had)",
     )
 
 
-def plain_generation(model: PreTrainedModel) -> GenerationConfig:
-    """A generation configuration that holds the model's end tokens and nothing else, so that greedy means argmax."""
-    own = model.generation_config
-    assert own is not None
-    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _base(source: Source, folder: Path) -> str:

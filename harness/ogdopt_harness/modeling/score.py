@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from ogdopt.losses import Completion
 from ogdopt_harness.modeling.adapters import bare
+from ogdopt_harness.modeling.passes import head_alone
 
 HEAD_CHUNK = 1024  # scored tokens
-# Architectures that change the logits after the head are scored through their own forward pass.
-LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def completion_logps(
@@ -46,8 +45,8 @@ def scored_logps(
 ) -> Tensor:
     """`completion_logps` at the places, (N,), of a flattened (B, T - 1); (N,)."""
     targets = input_ids[:, 1:].flatten()[places]
-    head = model.get_output_embeddings()
-    if head is None or any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
+    head: Any = model.get_output_embeddings()
+    if not by_head(model):
         wanted = {"output_hidden_states": True} if states is not None else {}
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
         if states is not None:
@@ -63,6 +62,17 @@ def scored_logps(
     run = partial(checkpoint, lambda h, t: _token_logps(head(h), t), use_reentrant=False)
     pairs = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
     return torch.cat([run(h, t) for h, t in pairs])  # type: ignore[list-item]
+
+
+def by_head(model: PreTrainedModel) -> bool:
+    """Whether the head at the scored positions gives the model's log-probabilities. Looked at once, and kept with the model.
+
+    Otherwise it is scored through its own forward pass, whose logits are (B, T, V).
+    """
+    kept = model.__dict__.get("_scored_by_head")
+    if kept is None:
+        kept = model.__dict__["_scored_by_head"] = head_alone(model)
+    return kept
 
 
 def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:

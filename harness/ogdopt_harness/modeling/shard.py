@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
@@ -16,21 +16,20 @@ from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.modeling.adapters import bare, trained_parts
 from ogdopt_harness.modeling.broadcast import emptied, filled
 from ogdopt_harness.modeling.build import blocks
+from ogdopt_harness.modeling.passes import check_passes, head_alone, quiet
+from ogdopt_harness.modeling.pretrained import first_line
 from ogdopt_harness.modeling.score import scored_logps
 
 
 def prepare(
     model: PreTrainedModel, config: ModelConfig, device: torch.device, seed: int = 0, ranks: Ranks = ALONE
 ) -> PreTrainedModel:
-    """Put the model on the device in training mode, without dropout, which would make two passes of one text differ.
+    """Put the model on the device in the mode that it is trained in, in which two passes of one text are equal (`passes`).
 
     With `config.lora` it gets fresh adapters, drawn from `seed`, which are all that is trained, and with `config.train_only`
     all other parameters are frozen. Several processes share it, and so does a GPU with itself where it computes in bfloat16 on
-    float32 weights: `shard`. Raises ValueError where no parameter has a name of `train_only`.
+    float32 weights: `shard`. Raises ValueError where no parameter has a name of `train_only`, and for passes that differ.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it, and 6 drops the old name.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -42,9 +41,37 @@ def prepare(
             model.enable_input_require_grads()  # else the segments after frozen embeddings see nothing to be recomputed for
     trained: Any = trained_parts(model, config, seed)
     bf16 = config.bf16 and device.type != "cpu"
-    if ranks.size > 1 or (bf16 and device.type == "cuda"):
+    shared = ranks.size > 1 or (bf16 and device.type == "cuda")
+    if not shared:
+        trained = trained.to(device)
+    bare(trained).__dict__["_scored_by_head"] = ranks.tell(lambda: _looked_at(trained))  # the others have outlines alone
+    if shared:
         shard(trained, device, ranks, bf16)
-    return trained.to(device).train()
+    trained = trained.to(device)
+    quiet(trained)
+    return trained
+
+
+def _looked_at(model: Any) -> bool:
+    """Whether the head alone gives the model's scores; said where not. Raises ValueError for passes that differ."""
+    name = type(bare(model)).__name__
+    try:
+        check_passes(model)
+        alone = head_alone(bare(model))
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot be run on a short text as it is set up here ({type(error).__name__}: {first_line(error)}); correct "
+            "its config.json or model.lora, or give another model"
+        ) from error
+    if alone:
+        return True
+    if bare(model).get_output_embeddings() is not None:
+        warnings.warn(
+            f"{name} changes what its head says (a cap, a scale or the like), so it is scored through its whole forward pass, "
+            "with logits of all positions in memory",
+            stacklevel=2,
+        )
+    return False
 
 
 def shard(model: PreTrainedModel, device: torch.device, ranks: Ranks, bf16: bool) -> None:

@@ -39,6 +39,8 @@ def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_i
 class RewardTrainer(Trainer):
     """Trains a reward model as `Trainer` trains a policy: the reward of a sequence stands at its last token."""
 
+    kind = AutoModelForSequenceClassification
+
     def _score(
         self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[torch.Tensor] | None = None
     ) -> Completion:

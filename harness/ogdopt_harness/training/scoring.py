@@ -26,6 +26,7 @@ from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.data.batches import Micro, deal, slots
 from ogdopt_harness.data.examples import Example, collate, mismatched, order
 from ogdopt_harness.modeling.adapters import bare
+from ogdopt_harness.modeling.passes import quiet
 from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.measures import sums_of, unseen_mass
@@ -99,7 +100,7 @@ class Scorer:
             with torch.no_grad():
                 yield
         finally:
-            model.train()
+            quiet(model)
             self._resharded()
 
     def _resharded(self) -> None:

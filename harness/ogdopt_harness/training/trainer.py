@@ -9,13 +9,14 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from ogdopt import StepReport
 from ogdopt.diagnostics import Probe, entanglement
@@ -30,6 +31,7 @@ from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.config.schema import StageConfig
 from ogdopt_harness.modeling.export import export, model_card
 from ogdopt_harness.training import checkpoints, probing
+from ogdopt_harness.training.exports import check_export
 from ogdopt_harness.training.gradients import Collector
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.meter import Meter, utilization
@@ -58,6 +60,9 @@ def train(
 class Trainer(Collector):
     """The state of one training run while it lasts."""
 
+    kind: Any = AutoModelForCausalLM
+    """What loads its exported folders."""
+
     def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
         super().__init__(job, *scorer, **named)
         self.plan = job.plan
@@ -82,6 +87,9 @@ class Trainer(Collector):
         if self.sparse is not None:
             self.sparse.reference = self.reference["train_tokens"]
         progress = self._restored()
+        if self._exports(progress) and not self.ranks.tell(self._exported(progress).is_dir):
+            lines = self.ranks.tell(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines())
+            self._export(progress, json.loads(lines[-1]))  # the run was stopped between its checkpoint and its model
         meter, speed = Meter(self.device), Speed()
         before = progress.skipped
         skipped = Skipped(job.config.max_skipped_steps, before, progress.step)
@@ -109,13 +117,12 @@ class Trainer(Collector):
                     progress.skipped = before + self.optimizer.skipped_steps
                     skipped.look(progress.step, progress.skipped)
                     self._log({keys.STEP: progress.step, keys.EPOCH: progress.step / plan.steps_per_epoch} | line)
-                ended = progress.step == plan.steps or bool(progress.enough)
-                if ended or (epoch_ends and job.config.export == "all"):
-                    self._export(math.ceil(progress.step / plan.steps_per_epoch), line)
                 due = job.config.save_steps and progress.step % job.config.save_steps == 0
                 if epoch_ends or due or stop:
                     progress.costs = meter.added_to(progress.costs)
                     self._save(progress)
+                if self._exports(progress):
+                    self._export(progress, line)
                 if stop:
                     raise Stopped(f"{job.directory} is saved at step {progress.step} of {plan.steps}", stop)
         progress.skipped = before + self.optimizer.skipped_steps
@@ -252,10 +259,21 @@ class Trainer(Collector):
             progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
         checkpoints.save(self.folder.checkpoints, progress, self.trained, self.optimizer, self.scheduler, self.ranks)
 
-    def _export(self, epoch: int, line: dict[str, float]) -> None:
+    def _exports(self, progress: checkpoints.Progress) -> bool:
+        """Whether the model is exported where the run stands now."""
+        if progress.step == self.plan.steps or progress.enough:
+            return progress.step > 0
+        return self.job.config.export == "all" and progress.step > 0 and progress.step % self.plan.steps_per_epoch == 0
+
+    def _exported(self, progress: checkpoints.Progress) -> Path:
+        return self.folder.model(math.ceil(progress.step / self.plan.steps_per_epoch))
+
+    def _export(self, progress: checkpoints.Progress, line: dict[str, float]) -> None:
+        folder = self._exported(progress)
         figures = {k: v for k, v in line.items() if k.startswith(keys.EVAL)}
-        card = model_card(f"{self.job.label}, epoch {epoch}", self.job.base, self.job.recipe, figures)
-        export(self.model, self.tokenizer, self.folder.model(epoch), card, self.ranks)
+        card = model_card(f"{self.job.label}, {folder.name.replace('-', ' ')}", self.job.base, self.job.recipe, figures)
+        export(self.model, self.tokenizer, folder, card, self.ranks)
+        check_export(self, folder)
 
     def _entanglement(
         self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
