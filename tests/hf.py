@@ -23,7 +23,7 @@ CHATML = (
 
 def tokenizer(folder, template=CHATML, eos="<|im_end|>", bos=None, pad="<pad>", vocab=400):
     """A byte-level tokenizer with ChatML's tokens, saved in `folder`."""
-    special = [x for x in ("<|im_start|>", "<|im_end|>", eos, bos, pad, "<think>", "</think>") if x]
+    special = [x for x in ("<|im_start|>", "<|im_end|>", eos, bos, pad) if x]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

@@ -185,7 +185,6 @@ TOKENIZERS = {template: byte_level(template) for template in (None, MISTRAL, CHA
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"text": "b </s> c"}, "EOS inside the completion"),
         ({"prompt": "a", "completion": "nothing"}, "empty completion"),
         ({"prompt": "a", "completion": "</s>"}, "empty completion"),
         ({"messages": [{"role": "system", "content": "s"}, USER, IRON]}, "refused by the chat template"),

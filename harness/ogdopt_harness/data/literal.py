@@ -41,6 +41,13 @@ class Literals:
             raise ValueError("the text has special tokens and characters of every private block; take one kind out")
         return self.pattern.sub(lambda found: chr(base + self.places[found.group()]), text)
 
+    def shown(self, text: str) -> str:
+        """The text with its special tokens written out again."""
+        return self.hidden.sub(lambda found: self.specials[self._place(found.group())], text)
+
+    def _place(self, character: str) -> int:
+        return next(ord(character) - base for base in BASES if 0 <= ord(character) - base < len(self.specials))
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, those of a template's own special tokens included and hidden ones as plain letters."""
         encode = lambda parts: self.tokenizer(parts, add_special_tokens=False, verbose=False).input_ids if parts else []  # noqa: E731
@@ -51,8 +58,8 @@ class Literals:
         found: list[int] = []
         at = 0
         for match in self.hidden.finditer(text):
-            place = next(ord(match.group()) - base for base in BASES if 0 <= ord(match.group()) - base < len(self.specials))
-            found += self._plain(text[at : match.start()]) + self.letters[self.specials[place]]
+            name = self.specials[self._place(match.group())]
+            found += self._plain(text[at : match.start()]) + self.letters[name]
             at = match.end()
         return found + self._plain(text[at:])
 

@@ -6,9 +6,11 @@ Nothing here knows a tokenizer. A row comes out as a `Row`: what was asked (text
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,10 +27,16 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": {"chosen/rejected": ("chosen", "rejected"), "prompt/completion/label": ("prompt", "completion", "label")},
 }
 OPTIONAL = {"chosen/rejected": ("prompt", "input"), "prompt/completion/label": ("input",), "prompt/completion": ("input",)}
+PROMPTING = ("system", "system_prompt", "tools", "functions", "history", "images", "image", "audio", "videos", "documents")
+"""Columns that would change the prompt, and that no format reads."""
+SPOKEN = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
+"""Parts of a message that models see, and that no format reads."""
+LISTED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 EXPLICIT = ("input",)  # columns that are read only when `columns` names them
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 MOST_CHARACTERS = 4_000_000
 """Characters of one text: a bound that costs nothing, before a tokenizer makes hundreds of bytes of each."""
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 SHORTEST_ECHO = 16  # characters; a shorter prompt ("Mercury") may well open an honest answer
 
 
@@ -41,6 +49,8 @@ class Row:
     prompt: str | list[Message] | None
     answers: tuple[str, ...]
     label: bool | None = None
+    noted: tuple[str, ...] = ()
+    """What is to be counted of it: columns and parts of messages that nobody reads, lists that were written as text."""
 
 
 def rows(config: DataConfig, part: str, kind: str) -> Iterator[Row | Problem]:
@@ -67,7 +77,8 @@ def rows(config: DataConfig, part: str, kind: str) -> Iterator[Row | Problem]:
 
 
 def check_columns(columns: Mapping[str, str], kind: str) -> None:
-    """Raises ValueError if no format of this kind has the columns that `columns` names."""
+    """Raises ValueError if no format of this kind has the columns that `columns` names; "" leaves a column out."""
+    columns = {ours: theirs for ours, theirs in columns.items() if theirs}
     if any(columns.keys() <= {*needed, *OPTIONAL.get(format, ())} for format, needed in FORMATS[kind].items()):
         return
     formats = "; ".join(", ".join((*needed, *OPTIONAL.get(format, ()))) for format, needed in FORMATS[kind].items())
@@ -80,6 +91,17 @@ def parse(where: str, row: Any, columns: Mapping[str, str], kind: str) -> Row:
         raise RowError("not an object", "", kind_of(row), "expected a JSON object with one key a column")
     format, names = match(row, columns, kind)
     values = {ours: row[theirs] for ours, theirs in names.items()}
+    noted = list(unread(row, names, columns))
+    for ours, value in values.items():
+        if (found := written_out(value, names[ours])) is not None:
+            values[ours] = found
+            noted.append("message lists written as text, which are read as such")
+    noted += dict.fromkeys(note for value in values.values() for note in unread_keys(value))
+    return replace(parsed(where, format, names, values), noted=tuple(dict.fromkeys(noted)))
+
+
+def parsed(where: str, format: str, names: dict[str, str], values: dict[str, Any]) -> Row:
+    """The row of a known format. Raises RowError."""
     if format == "text":
         return Row(where, format, None, (text(values["text"], names["text"]),))
     if format == "messages":
@@ -99,6 +121,7 @@ def match(row: Mapping[str, Any], columns: Mapping[str, str], kind: str) -> tupl
     A mapped name may list alternatives, `prompt: question|text`: the first that the row has. A column that `columns`
     names must be there: a format that can do without it is not taken instead.
     """
+    columns = {ours: theirs for ours, theirs in columns.items() if theirs}
     closest: tuple[int, str, list[str]] | None = None
     for format, needed in FORMATS[kind].items():
         optional = OPTIONAL.get(format, ())
@@ -123,6 +146,54 @@ def match(row: Mapping[str, Any], columns: Mapping[str, str], kind: str) -> tupl
         f"columns {', '.join(map(str, row)) or 'none'}",
         f"expected {format}; for other names write `columns: {{{option}}}`",
     )
+
+
+def unread(row: Mapping[str, Any], names: Mapping[str, str], columns: Mapping[str, str]) -> Iterator[str]:
+    """What is to be said of the columns that no format reads. Raises RowError for one that belongs to the prompt.
+
+    `columns: {tools: ""}` says that a column may be left out.
+    """
+    rest = [name for name in row if name not in names.values() and row[name] not in (None, "", [], {})]
+    for name in rest:
+        if name in PROMPTING and columns.get(name) != "":
+            raise RowError(
+                "column that nobody reads",
+                name,
+                kind_of(row[name]),
+                f"it belongs to the prompt: write it into the messages, or leave it out with `columns: {{{name}: ''}}`",
+            )
+    if rest:
+        yield f"columns that nobody reads: {', '.join(map(str, rest[:8]))}{', ...' if len(rest) > 8 else ''}"
+
+
+def unread_keys(value: Any) -> Iterator[str]:
+    """What is to be said of parts of messages beyond role and content. Raises RowError for those that models see."""
+    for message in value if isinstance(value, list) else ():
+        if not isinstance(message, Mapping):
+            continue
+        rest = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
+        for key in rest:
+            if key in SPOKEN:
+                remedy = "expected messages of role and content: write it into the content, or take it out"
+                raise RowError("part of a message that nobody reads", str(key), kind_of(message[key]), remedy)
+        yield from (f"parts of messages that nobody reads: {key}" for key in rest)
+
+
+def written_out(value: Any, column: str) -> list[Any] | None:
+    """The message list that a text writes out, as JSON or as Python does; None for any other text.
+
+    Raises RowError for text that begins as such a list and is none.
+    """
+    if not isinstance(value, str) or not LISTED.match(value):
+        return None
+    for reader in (json.loads, ast.literal_eval):
+        try:
+            found = reader(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found):
+            return found
+    raise RowError("message list written as text", column, short(value), "expected the list itself, or text that is none")
 
 
 def prompt_of(values: Mapping[str, Any], names: Mapping[str, str]) -> str | list[Message] | None:
@@ -328,6 +399,8 @@ def different(chosen: str, rejected: str, columns: str) -> None:
 
 def as_label(value: Any, column: str) -> bool:
     """True for a preferred completion: a JSON boolean, or 0/1. Raises RowError."""
+    if isinstance(value, str) and value.strip().lower() in LABELS:  # CSV has text alone
+        return LABELS[value.strip().lower()]
     if isinstance(value, (bool, int)) and value in (0, 1):
         return bool(value)
     raise RowError("label is not a boolean", column, kind_of(value), "expected true (preferred) or false, or 1 or 0")

@@ -19,7 +19,7 @@ from typing import Any
 
 from ogdopt_harness.common.files import digest, read_json, sealed, sweep, write_json
 from ogdopt_harness.common.run_folder import SeedFolder
-from ogdopt_harness.common.sources import FILE_ENDINGS
+from ogdopt_harness.common.sources import files_of
 
 JOB = "SLURM_JOB_ID"
 
@@ -66,13 +66,13 @@ def _holder(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def local_files(sources: Iterable[str]) -> list[Path]:
-    """The files among the sources of a data set, those of folders one by one; nothing for data sets of the hub."""
+def local_files(sources: Iterable[str], split: str = "train", option: str = "data") -> list[Path]:
+    """The files that are read of the sources of a data set, those of folders one by one; nothing for data sets of the hub."""
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(FILE_ENDINGS))
+            found += files_of(path, split, option)
         elif path.is_file():
             found.append(path)
     return found

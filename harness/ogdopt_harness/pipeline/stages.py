@@ -285,7 +285,8 @@ class SeedStudy:
         for part in ("train", "eval"):
             if getattr(data, part):
                 option = f"{kind}.data.{part}"
-                same_files(known, local_files(getattr(data, part)), option)
+                split = data.train_split if part == "train" else data.eval_split
+                same_files(known, local_files(getattr(data, part), split, option), option)
                 found[part], report = load(data, self.tokenizer, part)
                 same_rows(known, f"{option} {json.dumps(as_dict(data), sort_keys=True)}", option, rows_of(found[part]))
                 reports[f"{kind}.data.{part}"] = report.as_dict()
