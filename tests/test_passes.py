@@ -180,7 +180,7 @@ def test_an_export_that_is_not_the_trained_model_fails_the_run_and_a_next_start_
     file = recipe(**({} if held_out else {"data": data}))
     real = exports.load_pretrained
     monkeypatch.setattr(exports, "load_pretrained", lambda *a, **b: hf.sharper(real(*a, **b), 1.1))
-    assert hf.start(monkeypatch, "--config", file) == 1
+    assert hf.start(monkeypatch, "--config", file) == 2
     said = capsys.readouterr().err
     assert "epoch-1 is not the model that was trained: a row of " in said and "The checkpoint is kept" in said
     run = folder / "out/seed-0/ogd"
