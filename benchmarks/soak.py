@@ -1,6 +1,8 @@
 """Is a run hard to kill? Start it, kill -9 it at a random moment, again and again; in the end it must equal an undisturbed one.
 
     python -m benchmarks.soak --processes 2 --kills 20
+    python -m benchmarks.soak options        every option with 14 values: refused by name or meaningful
+    python -m benchmarks.soak damage         every saved file damaged in six ways: refused by name or recovered, equal
 
 A small study (supervised stage and OGD in a small world, a checkpoint every second step) runs once undisturbed, then is started
 and killed `--kills` times, each time after a random number of further steps: all of its processes at once, or one of them, for
@@ -11,6 +13,7 @@ benchmarks/results/soak.json.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -33,6 +36,7 @@ RUN = ROOT / "harness" / "run.py"
 MARK = "OGDOPT_SOAK"
 LIMIT = 1200
 """Seconds that a start may take in all, and that a launcher may take to end what is left of a run."""
+SEARCHES = ("options", "damage")
 TIMES = {"tokens_per_second"}
 OPTIONS = {
     "methods": "ogd",
@@ -163,13 +167,27 @@ def soak(folder: Path, processes: int, kills: int, seed: int) -> dict[str, int |
     }
 
 
+def searched(name: str, sample: int | None, seed: int) -> None:
+    """Walk over a search of `tests/searches`, print its counts and findings; the exit status says whether there are any."""
+    search = importlib.import_module(f"tests.searches.{name}").search
+    with tempfile.TemporaryDirectory() as folder:
+        found = search(Path(folder), sample=sample, seed=seed, say=lambda text: print(text, flush=True))
+    print(found)
+    sys.exit(bool(found.findings))
+
+
 def main(words: list[str]) -> None:
     """Soak and write what came out."""
     parser = common.parser(__doc__, "soak")
+    parser.add_argument("what", nargs="?", choices=["kills", *SEARCHES], default="kills")
+    parser.add_argument("--sample", type=int, help="of a search: so many of its cases, drawn with --seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(words)
+    if asked.what in SEARCHES:
+        searched(asked.what, asked.sample, asked.seed)
+        return
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), asked.processes, asked.kills, asked.seed)
     print(json.dumps(found, indent=1))

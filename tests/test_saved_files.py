@@ -26,6 +26,7 @@ from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.training import scoring, unpickling
 from ogdopt_harness.training.checkpoints import Progress, broken, save
 
+from .searches import damage
 from .test_checkpoints import parts
 
 
@@ -180,3 +181,9 @@ def test_files_are_as_open_as_the_umask_says(tmp_path):
     assert (
         stat.S_IMODE((tmp_path / "a" / "b.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "c.json").stat().st_mode) == 0o600
     )
+
+
+def test_a_sample_of_damaged_studies(tmp_path):
+    """The whole is `python -m benchmarks.soak damage`."""
+    found = damage.search(tmp_path, sample=4, seed=3)
+    assert found.tried == 4 and not found.findings, str(found)
