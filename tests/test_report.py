@@ -524,3 +524,15 @@ def test_spearman():
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
     assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_tables_fit_the_terminal_and_lose_no_cell(width):
+    columns = ["model", *(f"column {k}" for k in range(9))]
+    rows = [[f"a model with a rather long name, {n}", *(f"{n}.{k} [−1.00, 2.00]" for k in range(9))] for n in range(3)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    Table("Numbers", columns, rows).show(console)
+    said = console.export_text()
+    assert max(map(len, said.splitlines())) <= width and "…" not in said
+    assert all(cell in said for row in rows for cell in row[1:]) and all(name in said for name in columns)
+    assert len(Table("Numbers", columns[:2], [row[:2] for row in rows]).parts(80)) == 1

@@ -310,7 +310,7 @@ class DryRun:
         names = [name for name in PARTS if any(name in column for column in columns.values())]
         body = [[name, *(size(column[name]) if name in column else NONE for column in columns.values())] for name in names]
         body.append(["at most together", *(size(largest_moment(column)) for column in columns.values())])
-        Console(width=128).print(Table("", ["part", *columns], body, strong=frozenset({len(names)})).terminal())
+        Table("", ["part", *columns], body, strong=frozenset({len(names)})).show(Console())
 
     def most_scored(self, kind: Kind, sequences: int, on_prompt: bool) -> int:
         """Scored tokens of the longest completions that can meet in a micro-batch."""

@@ -238,7 +238,7 @@ def _show(results: dict[str, dict[str, Any]], baseline: Path, endpoint: Endpoint
     asked = ["prompts", "no verdict", "orders agree"]
     columns = ["answers of", "win rate", "at equal length", *asked, "letters / baseline's", "cut off"]
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(Table(f"Against {short_name(baseline)}, judged by {endpoint.model}", columns, rows).terminal())
+    Table(f"Against {short_name(baseline)}, judged by {endpoint.model}", columns, rows).show(console)
     rated = {name: r["win_rate"]["value"] for name, r in results.items() if r["win_rate"]}
     if len(rated) > 1:
         console.print(Text(f"Highest win rate: {max(rated, key=lambda name: rated[name])}"))

@@ -33,7 +33,9 @@ from ogdopt_harness.reporting.figures import PAPER
 def main(config: SeparationConfig, models: Sequence[str]) -> None:
     """Measure all models, print the table and write the files."""
     table = measure(models, config)
-    Console().print(table.terminal(), table.note, "", sep="\n")
+    console = Console()
+    table.show(console)
+    console.print(table.note, "", sep="\n")
     print(f"Written: {Path(config.output_dir) / 'separation.json'}")
 
 

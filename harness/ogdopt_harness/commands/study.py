@@ -61,4 +61,5 @@ def show(tables: Sequence[Table], notes: Sequence[str], console: Console) -> Non
     for note in notes:
         console.print(Text(note), "")
     for table in tables:
-        console.print(table.terminal(), Text(table.note), "", sep="\n")
+        table.show(console)
+        console.print(Text(table.note), "", sep="\n")

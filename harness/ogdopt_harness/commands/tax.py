@@ -211,7 +211,7 @@ class Compared:
         """The same on the terminal."""
         console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
         for table in self.tables():
-            console.print(table.terminal())
+            table.show(console)
         for sentence in self.sentences():
             console.print(Text(f"• {sentence}"))
         for warning in self.warnings:

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import rich.box
+import rich.console
 import rich.table
 from rich.text import Text
 
 NONE = "–"
+GAP = 2
+"""Columns of a terminal between two columns of a table."""
 PROSE = 30
 """Longest cell that is never broken into lines on the terminal."""
 
@@ -39,6 +42,30 @@ class Table:
         lines = [[f"**{cell}**" for cell in row] if i in self.strong else row for i, row in enumerate(lines)]
         head = [[markdown_text(name) for name in self.columns], [":--"] + ["--:"] * (len(self.columns) - 1)]
         return "\n".join("| " + " | ".join(row) + " |" for row in head + lines)
+
+    def parts(self, width: int) -> list[Table]:
+        """The table, or where it is wider than `width`, several that fit: each has the first column and some of the others."""
+        cells = [[name, *(row[i] for row in self.rows)] for i, name in enumerate(self.columns)]
+        wide = [max(map(len, column)) for column in cells]
+        needs = [min(w, PROSE) if i == 0 or max(map(len, cells[i][1:]), default=0) > PROSE else w for i, w in enumerate(wide)]
+        groups: list[list[int]] = [[]]
+        for i in range(1, len(self.columns)):
+            if groups[-1] and needs[0] + sum(needs[k] + GAP for k in [*groups[-1], i]) > width:
+                groups.append([])
+            groups[-1].append(i)
+        if len(groups) == 1:
+            return [self]
+        found = []
+        for number, group in enumerate(groups, 1):
+            rows = [[row[0], *(row[i] for i in group)] for row in self.rows]
+            title = f"{self.title} ({number} of {len(groups)})"
+            found.append(Table(title, [self.columns[0], *(self.columns[i] for i in group)], rows, "", self.folded, self.strong))
+        return found
+
+    def show(self, console: rich.console.Console) -> None:
+        """Print the table, in as many parts as the console's width needs."""
+        for part in self.parts(console.width):
+            console.print(part.terminal())
 
     def terminal(self) -> rich.table.Table:
         """The table for a rich console."""

@@ -121,7 +121,7 @@ def write_report(study_dir: str | Path, settings: ReportConfig | None = None) ->
 def print_table(report: Report, console: Console | None = None) -> None:
     """Print the comparison on the terminal, what it says, and where the whole report lies."""
     console = console or Console()
-    console.print(_short_table(report.found).without_empty_columns().terminal())
+    _short_table(report.found).without_empty_columns().show(console)
     for sentence in [*report.headline, *(f"Left out: {line}" for line in report.found.study.incomplete)]:
         console.print(Text(f"• {sentence}"))
     console.print(Text(f"Report: {report.path}", style="bold"), soft_wrap=True)
@@ -130,7 +130,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
 def print_gaps(joint: Joint, page: Path, console: Console | None = None) -> None:
     """Print what joint runs reached, for a study that has nothing else to report, and where its page lies."""
     console = console or Console()
-    console.print(gap_table(joint).without_empty_columns().terminal())
+    gap_table(joint).without_empty_columns().show(console)
     for sentence in sentences(joint):
         console.print(Text(f"• {sentence}"))
     console.print(Text(f"Page: {page}", style="bold"), soft_wrap=True)
