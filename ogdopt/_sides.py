@@ -73,7 +73,7 @@ class Sides:
         self.mixture: Mixture | None = None
         self.measured: Gram | None = None
         self._packed: dict[Tensor, Any] = {}
-        self._shown: dict[Tensor, int] = {}
+        self._shown: list[int] = []
 
     def abandon(self) -> None:
         """Let go of everything that waits, and clear `p.grad`."""
@@ -144,24 +144,23 @@ class Sides:
         if self.winner is not None and self.setup.options.process_group is None:
             for p, g in self.winner.items():
                 p.grad = g
-                self._shown[p] = _version(g)
+            self._shown = [_version(g) for g in self.winner.values()]
 
     def hide(self) -> None:
         """Take the winner's gradient out of `p.grad` again, as others left it there."""
-        shown, self._shown = self._shown, {}
+        shown, self._shown = self._shown, []
         if not shown or self.winner is None:
             return
-        if all(p.grad is None for p in shown):  # model.zero_grad()
+        found = [p.grad for p in self.winner]
+        if all(g is None for g in found):  # model.zero_grad()
             self.forget()
             return
-        changed = False
-        for p, version in shown.items():
-            g, p.grad = p.grad, None
-            changed = changed or g is None or g is not self.winner[p] or _version(g) != version
-            if g is None:
-                del self.winner[p]
-            else:
-                self.winner[p] = g
+        for p in self.winner:
+            p.grad = None
+        kept = list(self.winner.values())
+        changed = any(g is not old or _version(g) != version for g, old, version in zip(found, kept, shown))
+        if any(g is not old for g, old in zip(found, kept)):
+            self.winner = {p: g for p, g in zip(self.winner, found) if g is not None}
         if changed and self.setup.once("changed"):
             warn(CHANGED)
 
@@ -231,7 +230,8 @@ class Sides:
     def _refuse_aliases(
         self, side: Side, taken: dict[Tensor, Any], other: dict[Tensor, Any], whose: str = "the other side"
     ) -> None:
-        shared = sum(p in other and same_memory(g, other[p]) for p, g in taken.items())
+        theirs = [(g, other.get(p)) for p, g in taken.items()]
+        shared = sum(g is not None and same_memory(mine, g) for mine, g in theirs)
         if shared:
             raise GradientError(
                 f"the {side}'s pass wrote the gradients of {shared} parameters over those of {whose}: the two share "
@@ -346,7 +346,7 @@ def raise_one_graph(side: Side, error: BaseException) -> None:
 
 def _version(g: Any) -> int:
     """How often a gradient was written; torch does not count what is written to a DTensor in place."""
-    return getattr(g, "_version", 0)
+    return g._version if type(g) is Tensor else getattr(g, "_version", 0)
 
 
 def _all_zero(parameters: list[Tensor]) -> bool:

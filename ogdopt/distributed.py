@@ -68,10 +68,11 @@ def elsewhere(parameters: Sequence[Tensor], process_group: dist.ProcessGroup | N
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients start at one address: something wrote the second over the first."""
     # What is set aside in the type that it has already is not copied.
-    address, there = (
-        (x if type(x) is Tensor else local(x) if isinstance(x, Tensor) else x.values).data_ptr() for x in (one, other)
-    )
-    return address != 0 and address == there
+    return 0 != _address(one) == _address(other)
+
+
+def _address(x: Any) -> int:
+    return (x if type(x) is Tensor else local(x) if isinstance(x, Tensor) else x.values).data_ptr()
 
 
 def pending(parameters: Sequence[Tensor], model: nn.Module | None) -> str | None:

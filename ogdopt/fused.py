@@ -28,12 +28,10 @@ from ogdopt import native, passes
 from ogdopt.distributed import local
 from ogdopt.metric import Entry
 from ogdopt.native import Unavailable
-from ogdopt.passes import ROUNDS_ONCE, order_of, products
-from ogdopt.stored import Stored
+from ogdopt.passes import ROUNDS_ONCE, products
+from ogdopt.routes import DTYPES, WIDTH, divided, with_winner
 
 BLOCK = 1024
-WIDTH = 64
-"""Elements that sizes are counted in where there is nothing to add up."""
 TOGETHER = 4
 """Tensors a call: enough that calling costs little beside the work, few enough that compiling does."""
 LEAST, MOST = 1e-34, 1e30
@@ -42,7 +40,6 @@ FAR = 240
 """Beyond this power of two between the coefficients of both gradients, one of the products is nothing beside the other."""
 CLOSE = 1e-6
 """1 - cos^2 under which float32 products are too coarse to tell parallel gradients from others."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONTRACT = "cpp.enable_floating_point_contract_flag"  # lets a CPU multiply and add in one instruction
 REFUSED = ("amsgrad", "centered", "maximize", "capturable", "differentiable")
 """Options of the bases that have no fused form."""
@@ -190,16 +187,17 @@ def rows(ws: Sequence[Any], ls: Sequence[Any]) -> Tensor:
 
     Raises Unavailable, like `mix` and `step` before anything is changed.
     """
-    wholes = [None if w is None or l is None else _whole((), w, l) for w, l in zip(ws, ls)]
-    direct, bundles, rest = _divided(BLOCK, wholes)
+    both = [i for i, (w, l) in enumerate(zip(ws, ls)) if w is not None and l is not None]
+    split = divided(BLOCK, (), [[ws[i] for i in both], [ls[i] for i in both]])
     places, values = [], []
-    for batch, run in _plan(_inner_of_all, bundles, ()):
-        values += run([bundles[i] for i in batch])
-        places += batch
+    for batch, run in _plan(_inner_of_all, split.bundles, ()):
+        values += run([split.bundles[i] for i in batch])
+        places += [both[i] for i in batch]
     found = [torch.stack(values).view(-1, 3)] if values else []
-    if direct:
-        found.append(native.products(list(direct.values())))
-        places += direct
+    if split.direct:
+        found.append(native.products(*split.columns))
+        places += [both[i] for i in split.direct]
+    rest = [both[i] for i in split.rest] + [i for i, (w, l) in enumerate(zip(ws, ls)) if w is None or l is None]
     if rest:
         some = next((x for i in rest for x in (ws[i], ls[i]) if x is not None), None)
         home = found[0].device if found else torch.device("cpu") if some is None else local(some).device
@@ -219,10 +217,12 @@ def mix(ws: Sequence[Tensor], ls: Sequence[Any], a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cpu" and ((a == 1) & (b == 0)).all():  # asking a GPU would cost more than mixing
         return True
     table = _coefficients(a, b)
-    direct, bundles, rest = _divided(WIDTH, [_whole((0,), w, l) for w, l in zip(ws, ls)])
-    _run(_mixed_all, bundles, (table,))
-    if direct:
-        native.step("mix", [(w, w, l) for w, l in direct.values()], table[[*direct]])
+    split = divided(WIDTH, (0,), [ws, ls])
+    _run(_mixed_all, split.bundles, (table,))
+    if split.direct:
+        own, other = split.columns
+        native.step("mix", [own, own, other], table[split.direct])
+    rest = split.rest
     if rest:
         passes.mix_all([ws[i] for i in rest], [ls[i] for i in rest], a[rest], b[rest])
     return True
@@ -236,35 +236,55 @@ def step(base: Optimizer, entries: Sequence[Entry], a: Tensor, b: Tensor) -> boo
     or in the host's memory.
     """
     form = BASES[type(base)]
-    places = [i for i, entry in enumerate(entries) if entry.w is not None or entry.l is not None]
-    moved = [entries[i] for i in places]
-    if not moved:  # a rank whose shards are empty
+    places = [i for i, (_, _, w, l, _) in enumerate(entries) if w is not None or l is not None]
+    if not places:  # a rank whose shards are empty
         return True
-    wholes: list[Any] = []
-    counts = []
-    for group, parameter, w, l, _ in moved:
-        kept = base.state.get(parameter, {})
-        states = [kept.get(key) for key in form.states(group)]
-        if any(not isinstance(value, Tensor) for value in states):
-            return False
-        counts += [kept["step"]] if "step" in kept else []
-        wholes.append(_whole((0, *range(3, 3 + len(states))), parameter.detach(), w, l, *states))
-        if wholes[-1] is None:
-            return False
-    direct, others, rest = _divided(WIDTH, wholes)
-    bundles = [None if bundle is None else _with_winner(bundle) for bundle in others]
+    groups, ps, ws, ls, _ = zip(*(entries if len(places) == len(entries) else [entries[i] for i in places]))
+    kept = [base.state.get(p, {}) for p in ps]
+    states = _states(form, groups, kept)
+    if states is None:
+        return False
+    split = divided(WIDTH, (0, *range(3, 3 + len(states))), [ps, ws, ls, *states])
+    whole = {i: x for i, x in split.wholes.items() if x is not None}
+    if len(whole) < len(split.wholes):
+        return False
+    counters = [some["step"] for some in kept if "step" in some]
     # Only Adam's numbers depend on it; others' counts may lie on a device that cannot be read.
-    counted = torch.stack(counts).double() + 1 if counts and form.loop == "adam" else a.new_zeros(len(moved))
-    settings = _settings(form, [entry.group for entry in moved], counted).to(a.device, non_blocking=True)
+    steps = _counted(counters, bool(split.direct)) if counters and form.loop == "adam" else a.new_zeros(len(places))
+    settings = _settings(form, groups, steps).to(a.device, non_blocking=True)
     table = _coefficients(a[places], b[places])
-    _run(form.update, bundles, (table, settings))
-    if direct:
-        native.step(form.loop, list(direct.values()), table[[*direct]], settings[[*direct]])
-    for k in rest:
-        form.update([_with_winner(wholes[k])], table[k : k + 1], settings[k : k + 1])
-    if counts:
-        torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+    _run(form.update, [None if bundle is None else with_winner(bundle) for bundle in split.bundles], (table, settings))
+    if split.direct:
+        native.step(form.loop, split.columns, table[split.direct], settings[split.direct])
+    for k in split.rest:
+        form.update([with_winner(whole[k])], table[k : k + 1], settings[k : k + 1])
+    if counters and (not split.direct or native.count(counters, 1) is None):
+        # A tensor, which foreach would otherwise make of the number once for every counter.
+        torch._foreach_add_(counters, torch.ones((), device="cpu"))  # pyright: ignore[reportPrivateImportUsage]
     return True
+
+
+def _states(form: Base, groups: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> list[list[Any]] | None:
+    """The states that the update reads and writes, by key and parameter, None where a parameter has fewer than another.
+
+    None where the base has not made one of them yet.
+    """
+    keys = {id(group): form.states(group) for group in groups}
+    if len(keys) == 1:
+        (names,) = keys.values()
+        states = [[some.get(name) for some in kept] for name in names]
+        return states if all(isinstance(x, Tensor) for xs in states for x in xs) else None
+    rows = [[some.get(name) for name in keys[id(group)]] for group, some in zip(groups, kept)]
+    if not all(isinstance(x, Tensor) for row in rows for x in row):
+        return None
+    width = max(len(row) for row in rows)
+    return [[row[k] if k < len(row) else None for row in rows] for k in range(width)]
+
+
+def _counted(counters: Sequence[Tensor], compiled: bool) -> Tensor:
+    """The numbers of steps with this one, (P,) float64."""
+    there = native.count(counters, 0) if compiled else None
+    return (torch.stack([*counters]).double() if there is None else there) + 1
 
 
 def _settings(form: Base, groups: Sequence[dict[str, Any]], t: Tensor) -> Tensor:
@@ -379,61 +399,3 @@ def _open(kind: Any, count: int, width: int) -> Tensor | None:
     zeros = torch.zeros(count, width, dtype=dtype, device=device)
     torch._dynamo.mark_dynamic(zeros, 0)
     return zeros
-
-
-def _whole(written: Sequence[int], *tensors: Any) -> list[Any] | None:
-    """The local parts of tensors as plain ones that lie in memory in one order, None kept.
-
-    What is only read and lies otherwise is copied. None where a tensor waits in int8 or in another memory, or where one that is
-    `written`, by place, cannot be had in the order of the first.
-    """
-    found: list[Any] = []
-    flat = True
-    for x in tensors:
-        if x is not None:
-            if type(x) is not Tensor:
-                x = x.whole if isinstance(x, Stored) else local(x)
-                if x is None:
-                    return None
-            flat = flat and x.is_contiguous()
-        found.append(x)
-    if flat:
-        return found
-    there = [i for i, x in enumerate(found) if x is not None]
-    order = order_of(found[there[0]])
-    for i in there:
-        turned = found[i].permute(order)
-        if not turned.is_contiguous():
-            if i in written:
-                return None
-            turned = turned.contiguous()
-        found[i] = turned.view(-1)
-    return found
-
-
-def _divided(width: int, wholes: Sequence[Any]) -> tuple[dict[int, list[Any]], list[list[Any] | None], list[int]]:
-    """What C++ takes as it is, by place; blocks for torch.compile, None where there are none; the places that neither takes.
-
-    Raises Unavailable.
-    """
-    direct = {i: x for i, x in enumerate(wholes) if x is not None and native.fits(*x)}
-    if direct:
-        native.library()
-    bundles = [None if x is None or i in direct else _blocks(width, x) for i, x in enumerate(wholes)]
-    return direct, bundles, [i for i, bundle in enumerate(bundles) if bundle is None and i not in direct]
-
-
-def _blocks(width: int, whole: Sequence[Any]) -> list[Any] | None:
-    """Tensors of one size as (rows, width), None kept; None where one has no such view."""
-    for x in whole:
-        if x is None:
-            continue
-        if x.numel() % width or x.numel() < 2 * width or x.dtype not in DTYPES or not native.plain(x):
-            return None
-    return [None if x is None else x.view(-1, width) for x in whole]
-
-
-def _with_winner(bundle: Sequence[Any]) -> list[Any]:
-    """A bundle whose parameter has a gradient of the winner's, if of zeros."""
-    p, w, *rest = bundle
-    return [p, torch.zeros_like(p) if w is None else w, *rest]

@@ -148,3 +148,10 @@ EXPORT(mix, Written)
 EXPORT(rmsprop, RMSprop)
 EXPORT(adam, Adam)
 EXPORT(sgd, SGD)
+
+extern "C" void count(int64_t size, float* const* counters, double by, double* out) {
+  for (int64_t i = 0; i < size; i++) {
+    out[i] = *counters[i] + by;
+    if (by != 0) *counters[i] = float(out[i]);
+  }
+}

@@ -13,7 +13,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 FUNCTIONS = ("products", "mix", "rmsprop", "adam", "sgd")
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types whose memory is what it says; any other subclass of Tensor is looked into first."""
+SINGLES, HALVES = {torch.float32}, {torch.float32, torch.bfloat16}
 NUMBERS = 14
 """Of a row: `fused.mixed`'s c, and the update's h, filled up."""
-NONE = (0,) * 5
-"""Addresses of a row without tensors."""
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - names what is the matter
@@ -53,6 +55,8 @@ def library() -> Any:
     for name in FUNCTIONS:
         getattr(built, name).argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         getattr(built, name).restype = None
+    built.count.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p]
+    built.count.restype = None
     return built
 
 
@@ -62,49 +66,97 @@ def plain(x: Tensor) -> bool:
 
 
 def fits(*bundle: Any) -> bool:
-    """Whether (g_w, g_l) or (parameter, g_w, g_l, *states) are flat float32 tensors of this process's memory, or None.
+    """Whether (g_w, g_l) or (parameter, g_w, g_l, *states) are flat float32 tensors of one size in this process, or None.
 
     The loser's gradient may be bfloat16.
     """
-    l = bundle[min(2, len(bundle) - 1)]
-    for x in bundle:
-        if x is None:
-            continue
-        if type(x) is not Tensor or not x.is_cpu or not plain(x):
-            return False
-        if x.dtype is not torch.float32 and not (x is l and x.dtype is torch.bfloat16):
-            return False
-    return True
+    return not unfit([[x] for x in bundle], min(2, len(bundle) - 1))
 
 
-def products(pairs: Sequence[Sequence[Tensor]]) -> Tensor:
-    """ww, wl, ll of every pair (g_w, g_l) that `fits`, (P, 3) float64. Raises Unavailable."""
-    found = torch.zeros(len(pairs), 3, dtype=torch.float64, device="cpu")
-    _call("products", [(w, w, l) for w, l in pairs], found)
+def unfit(columns: Sequence[Sequence[Any]], loser: int) -> set[int]:
+    """The places of rows that are not, and cannot be given to the functions here. Column `loser` may be bfloat16.
+
+    What holds for all is asked by column, since ten thousand tensors are asked at every step.
+    """
+    wrong: set[int] = set()
+    for k, xs in enumerate(columns):
+        if not _fit(xs, k == loser):
+            wrong.update(i for i, x in enumerate(xs) if not _fit([x], k == loser))
+    sizes = [[-1 if not isinstance(x, Tensor) else x.numel() for x in xs] for xs in columns]
+    if any(some != sizes[0] for some in sizes):
+        wrong.update(i for i, row in enumerate(zip(*sizes)) if len({n for n in row if n >= 0}) > 1)
+    return wrong
+
+
+def _fit(xs: Sequence[Any], half: bool) -> bool:
+    """Whether all are plain tensors that lie flat in this process's memory, in float32 or, with `half`, bfloat16; or None."""
+    kinds = {*map(type, xs)}
+    if type(None) in kinds:
+        xs = [x for x in xs if x is not None]
+        kinds.discard(type(None))
+    return (
+        kinds <= PLAIN
+        and {x.dtype for x in xs} <= (HALVES if half else SINGLES)
+        and all([x.is_cpu for x in xs])
+        and all(map(Tensor.is_contiguous, xs))
+        and not any(map(Tensor.is_neg, xs))
+    )
+
+
+def products(ws: Sequence[Tensor], ls: Sequence[Tensor]) -> Tensor:
+    """ww, wl, ll of every g_w and g_l that fit, (P, 3) float64. Raises Unavailable."""
+    found = torch.zeros(len(ws), 3, dtype=torch.float64, device="cpu")
+    _call("products", [ws, ws, ls], found)
     return found
 
 
-def step(name: str, bundles: Sequence[Sequence[Any]], *tables: Tensor) -> None:
-    """The update of that name on bundles (parameter, g_w, g_l, *states) that fit, by their rows of `fused`'s two tables.
+def step(name: str, columns: Sequence[Sequence[Any]], *tables: Tensor) -> None:
+    """The update of that name on columns (parameters, g_w, g_l, *states) that fit, by their rows of `fused`'s two tables.
 
-    "mix" writes the mixture into the parameter's place, and g_w may be that. One gradient may be None. Raises Unavailable.
+    "mix" writes the mixture into the parameters' place, and g_w may be that. One gradient of a row may be None. Raises
+    Unavailable.
     """
     given = torch.cat(tables, 1).cpu()
     numbers = torch.nn.functional.pad(given, (0, NUMBERS - given.shape[1]))
+    ps, ws, ls, *states = columns
     # What stands in the place of a gradient that is not there is not looked at, or taken times 0.
-    numbers[[i for i, (_, w, *_) in enumerate(bundles) if w is None], 0] = 0
-    numbers[[i for i, (_, _, l, *_) in enumerate(bundles) if l is None], 1:4] = 0
-    rows = [[p, p if w is None else w, w if l is None else l, *states] for p, w, l, *states in bundles]
-    _call(name, rows, numbers)
-    torch.autograd.graph.increment_version([row[0] for row in rows])
+    missing = [[i for i, g in enumerate(gs) if g is None] for gs in (ws, ls)]
+    if missing[0]:
+        numbers[missing[0], 0] = 0
+        ws = [p if w is None else w for p, w in zip(ps, ws)]
+    if missing[1]:
+        numbers[missing[1], 1:4] = 0
+        ls = [w if l is None else l for w, l in zip(ws, ls)]
+    _call(name, [ps, ws, ls, *states], numbers)
+    torch.autograd.graph.increment_version(ps)
 
 
-def _call(name: str, rows: Sequence[Sequence[Any]], numbers: Tensor) -> None:
-    """Rows are a parameter, g_w, g_l and up to two states: native.cpp's Row once their addresses are in."""
-    table: list[int] = []  # one flat list: ten thousand short ones would have the garbage collector look at everything
-    for row in rows:
-        for x in row:
-            table.append(x.data_ptr())
-        table += (*NONE[len(row) :], row[0].numel(), row[2].dtype is torch.bfloat16)
-    given = torch.tensor(table, dtype=torch.int64, device="cpu")
-    getattr(library(), name)(len(rows), given.data_ptr(), torch.get_num_threads(), numbers.data_ptr())
+def _call(name: str, columns: Sequence[Sequence[Tensor]], numbers: Tensor) -> None:
+    """Columns are parameters, g_w, g_l and up to two states: native.cpp's Row once their addresses are in."""
+    first, _, loser, *_ = columns
+    table = torch.zeros(len(first), 7, dtype=torch.int64, device="cpu")
+    for k, xs in enumerate(columns):
+        table[:, k] = _whole_numbers([0 if x is None else x.data_ptr() for x in xs])
+    table[:, 5] = _whole_numbers(map(Tensor.numel, first))
+    table[:, 6] = _whole_numbers([x.dtype is torch.bfloat16 for x in loser])
+    getattr(library(), name)(len(first), table.data_ptr(), torch.get_num_threads(), numbers.data_ptr())
+
+
+def count(counters: Sequence[Tensor], by: int) -> Tensor | None:
+    """Numbers of steps (0-dimensional, float32, in this process) with so many more, which is also written; (P,) float64.
+
+    None, and nothing is done, for others. Raises Unavailable.
+    """
+    if not counters or not _fit(counters, half=False) or {1} != {*map(Tensor.numel, counters)}:
+        return None
+    table = _whole_numbers(map(Tensor.data_ptr, counters))
+    found = torch.empty(len(counters), dtype=torch.float64, device="cpu")
+    library().count(len(counters), table.data_ptr(), by, found.data_ptr())
+    if by:
+        torch.autograd.graph.increment_version(counters)
+    return found
+
+
+def _whole_numbers(xs: Iterable[int]) -> Tensor:
+    """An array at a time: torch.tensor of a list looks at each element several times."""
+    return torch.frombuffer(array("q", xs), dtype=torch.int64)

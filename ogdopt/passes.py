@@ -168,8 +168,11 @@ def _products_of_rows(x: Tensor | None, y: Tensor | None) -> Tensor:
 
 
 def _stack(gs: Sequence[Any], places: Sequence[int]) -> Tensor:
-    """Some tensors of one shape as float64 rows."""
-    return torch.stack([gs[i] for i in places]).reshape(len(places), -1).double()  # no view of channels_last
+    """Some tensors of one shape as float64 rows, what is stored in a few digits included."""
+    some = [gs[i] for i in places]
+    if type(some[0]) is not Tensor:
+        return torch.stack([x.values for x in some]).double()
+    return torch.stack(some).reshape(len(places), -1).double()  # no view of channels_last
 
 
 def _stacks(ws: Sequence[Any], ls: Sequence[Any]) -> tuple[list[list[int]], list[int]]:
@@ -178,11 +181,10 @@ def _stacks(ws: Sequence[Any], ls: Sequence[Any]) -> tuple[list[list[int]], list
     rest = []
     for i, (w, l) in enumerate(zip(ws, ls)):
         some = w if w is not None else l
-        # DTensors, complex numbers and what is stored otherwise go one by one.
-        plain = (w is None or type(w) is Tensor) and (l is None or type(l) is Tensor)
-        if plain and some is not None and 0 < some.numel() < SMALL and not some.is_complex():
-            kind = some.shape, some.device, None if w is None else w.dtype, None if l is None else l.dtype
-            kinds.setdefault(kind, []).append(i)
+        # DTensors, complex numbers and what is stored in blocks or elsewhere go one by one.
+        one, other = _kind(w), _kind(l)
+        if one is not None and other is not None and some is not None and 0 < some.numel() < SMALL:
+            kinds.setdefault((some.shape, some.device, one, other), []).append(i)
         else:
             rest.append(i)
     stacks = []
@@ -193,6 +195,15 @@ def _stacks(ws: Sequence[Any], ls: Sequence[Any]) -> tuple[list[list[int]], list
         together = max(1, chunk_size(device) // max(1, shape.numel()))
         stacks += [places[k : k + together] for k in range(0, len(places), together)]
     return stacks, rest
+
+
+def _kind(g: Any) -> Any:
+    """What tensors that are stacked have in common, besides their shape; None where they are not stacked."""
+    if g is None:
+        return ()
+    if type(g) is Tensor:
+        return None if g.is_complex() else g.dtype
+    return (g.values.dtype,) if getattr(g, "straight", False) else None
 
 
 # ---- the mixture ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ogdopt.distributed import local
 from ogdopt.passes import chunk_size, order_of
-from ogdopt.rounding import Rounding, of, of_type
+from ogdopt.rounding import Rounding, of, rounded_to
 
 SetAside: TypeAlias = "torch.dtype | Literal['int8', 'cpu', 'recompute'] | None"
 FORMS = (None, torch.bfloat16, "int8", "cpu", "recompute")
@@ -38,15 +38,18 @@ class Stored:
         self.shape: torch.Size = part.shape
         self.dtype: torch.dtype = part.dtype
         self.device: torch.device = part.device
-        self.order: list[int] = order_of(part)
+        contiguous = part.is_contiguous()
+        self.order: list[int] = [*range(part.dim())] if contiguous else order_of(part)
         """The dimensions from the outermost of `values` to the innermost."""
+        self.straight: bool = contiguous and isinstance(form, torch.dtype) and not part.is_complex()
+        """Whether `values` are numbers, one after the other as those of a contiguous tensor of this shape."""
         self.values: Tensor
         self.largest: Tensor | None = None
         """Of int8, what the largest step of each block stands for."""
         self.rounding: Rounding = of(part) if before is None else before.rounding
         """What of the energy of this gradient is rounding, that of its own type included."""
         self._copied: Any = None
-        flat = part.permute(self.order).reshape(-1)
+        flat = (part if contiguous else part.permute(self.order)).reshape(-1)
         if form == "int8":
             self._quantize(flat)
         elif form == "cpu":
@@ -54,7 +57,7 @@ class Stored:
         else:
             assert isinstance(form, torch.dtype)
             self.values = flat.to(form)
-            self.rounding = self.rounding.plus(of_type(form, roundings=1))
+            self.rounding = rounded_to(self.rounding, form)
 
     def _quantize(self, flat: Tensor) -> None:
         """int8 in blocks; the energy of the rounding is measured, since it depends on how the block is distributed."""

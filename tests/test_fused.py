@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ogdopt import PairedGradient, ProjectedGradient, fused, native, projection
+from ogdopt import PairedGradient, ProjectedGradient, fused, native, projection, routes
 from ogdopt.gram import gram
 from ogdopt.metric import Entry
 from ogdopt.passes import mix_, products
@@ -33,7 +33,7 @@ def lists(seed=0, scale=1.0, dtype=torch.float32):
 def loops(request, monkeypatch):
     """Which loops go over float32 gradients: our own, and those that stand in for them."""
     if request.param == "torch.compile":
-        monkeypatch.setattr(native, "fits", lambda *_: False)
+        monkeypatch.setattr(native, "unfit", lambda columns, _: {*range(len(columns[0]))})
     return request.param
 
 
@@ -102,8 +102,8 @@ def test_loops_of_our_own_take_any_length_from_any_address_on_any_number_of_thre
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             mixed = [w.clone() for w in ws]
-            native.step("mix", [(w, w, l) for w, l in zip(mixed, ls)], table)
-            results.append((native.products(list(zip(ws, ls))), *mixed))
+            native.step("mix", [mixed, mixed, ls], table)
+            results.append((native.products(ws, ls), *mixed))
     finally:
         torch.set_num_threads(before)
     numbers, *mixed = results[0]
@@ -233,7 +233,7 @@ def test_a_gradient_that_was_set_aside_is_read_as_it_is(form):
     expected, _, theirs = trained(torch.optim.RMSprop, {}, fuse=False, set_aside=form)
     agree(params, expected)
     assert reports[1].cosine == pytest.approx(theirs[1].cosine, abs=1e-7)
-    assert fused._whole((), Stored(torch.zeros(128), "int8")) is None
+    assert routes.whole((), Stored(torch.zeros(128), "int8")) is None
 
 
 def test_bf16_parameters():
@@ -320,7 +320,7 @@ def test_without_a_compiler_the_step_is_taken_all_the_same(monkeypatch, recwarn,
         raise RuntimeError("no C++ compiler\nand a long trace")
 
     if case == "torch.compile fails":
-        monkeypatch.setattr(native, "fits", lambda *_: False)
+        monkeypatch.setattr(native, "unfit", lambda columns, _: {*range(len(columns[0]))})
         monkeypatch.setattr(fused, "_ready", {})
         monkeypatch.setattr(torch, "compile", fail)
         why = "torch.compile fails here (RuntimeError: no C++ compiler)"

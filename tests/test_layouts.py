@@ -65,7 +65,7 @@ def test_steps_do_not_depend_on_the_layout(monkeypatch, layout, way):
         "own metric": {"metric": "optimizer"},
     }.get(way, {})
     if way == "torch.compile":
-        monkeypatch.setattr(native, "fits", lambda *_: False)
+        monkeypatch.setattr(native, "unfit", lambda columns, _: {*range(len(columns[0]))})
     ends = []
     for orders in (LAYOUTS["contiguous"], LAYOUTS[layout]):
         generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_compiled_loops_take_transposed_tensors_as_they_are(monkeypatch):
     """No copy and no way around: the addresses that C++ gets are the tensors' own."""
     seen = []
     call = native._call
-    monkeypatch.setattr(native, "_call", lambda name, rows, numbers: (seen.append(rows), call(name, rows, numbers)))
+    monkeypatch.setattr(native, "_call", lambda name, columns, numbers: (seen.append(columns), call(name, columns, numbers)))
     w, l = torch.randn(7, 300).t(), torch.randn(7, 300).t()
     fused.rows([w], [l])
-    assert [x.data_ptr() for x in seen[0][0]] == [w.data_ptr(), w.data_ptr(), l.data_ptr()]
+    assert [x.data_ptr() for (x,) in seen[0]] == [w.data_ptr(), w.data_ptr(), l.data_ptr()]
