@@ -11,6 +11,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 
+from ogdopt_harness.common.crash import of_system
+
 REFUSED, MEANINGFUL, UNNAMED, TRACEBACK, HUNG = "refused by name", "meaningful", "unnamed", "traceback", "hung"
 WELL = (REFUSED, MEANINGFUL)
 
@@ -47,6 +49,9 @@ def attempt(work, names, seconds=60.0):
         text = said.getvalue() if isinstance(error, SystemExit) else str(error)
         ended = REFUSED if any(name in text for name in names) else UNNAMED
         return ended, text[-600:]
+    except OSError as error:  # the command tells it in these words
+        text = of_system(error)
+        return (REFUSED if any(name in text for name in names) else UNNAMED), text
     except Exception as error:
         return TRACEBACK, f"{type(error).__name__}: {error}"[:600]
     return MEANINGFUL, said.getvalue()[-200:]

@@ -163,7 +163,8 @@ def _problems(config: Any, section: str) -> Iterator[str]:
 def _outside(config: Any, name: str, value: Any, found: Range, optional: bool) -> Iterator[str]:
     """What is wrong with the numbers of one option; at most one line."""
     hint = (", or null" if optional else "") + (f" ({found.hint})" if found.hint else "")
-    if isinstance(value, bool) or not all(_finite(x) and found.holds(x) for x in numbers(value)):
+    missing = isinstance(value, bool) or (value is None and not optional)
+    if missing or not all(_finite(x) and found.holds(x) for x in numbers(value)):
         yield f"{name} is {value!r}; expected {found.words(numbers(value))}{hint}"
         return
     divisor = getattr(config, found.multiple_of) if found.multiple_of else 1
