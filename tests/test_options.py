@@ -38,6 +38,7 @@ def test_a_sample_of_options_and_values(tmp_path):
         ("preference.optimizer_args", "{nonsense: 1}", "preference.optimizer_args is .*, which RMSprop refuses"),
         ("sft.train_batch_size", "100", r"sft.train_batch_size is 100; expected a multiple of .* \(64\)"),
         ("world.held_out_pairs", "null", "world.held_out_pairs"),
+        ("model.train_only", "[nonsense]", "train_only"),
         ("device", "tpu", "device is 'tpu'; expected auto, cpu, cuda"),
     ],
 )

@@ -288,8 +288,8 @@ class DryRun:
         """A table of bytes by part: a column for the supervised stage and for each kind of method."""
         model, accelerator = self.config.model, self.config.device != "cpu"
         architecture = self.architecture()
-        self.shape = shape_of(architecture)
         self.trained = {kind: trained_parameters(architecture, model.at_stage(kind)) for kind, _ in self.stages()}
+        self.shape = shape_of(architecture)  # last: what follows goes by it
         columns: dict[str, dict[str, int]] = {}
         for kind, stage in self.stages():
             for name, two, together in [("sft", False, 1)] if kind == "sft" else kinds_of(self.specs):
