@@ -155,3 +155,60 @@ extern "C" void count(int64_t size, float* const* counters, double by, double* o
     if (by != 0) *counters[i] = float(out[i]);
   }
 }
+
+// Copies numbers of `width` bytes into `out`, which lies in the order of the sizes; strides are the source's, in numbers. Two
+// dimensions go in tiles that fit the nearest cache: the last, and the one along which the source's memory lies.
+template <class T> void turn_as(const T* in, T* out, int dims, const int64_t* sizes, const int64_t* strides) {
+  constexpr int64_t TILE = 16;
+  int run = dims - 1;
+  for (int d = 0; d < dims; d++) if (sizes[d] > 1 && (sizes[run] == 1 || strides[d] < strides[run])) run = d;
+  std::vector<int64_t> steps(dims, 1), outer;
+  for (int d = dims - 2; d >= 0; d--) steps[d] = steps[d + 1] * sizes[d + 1];
+  int64_t count = 1;
+  for (int d = 0; d < dims - 1; d++) if (d != run) { outer.push_back(d); count *= sizes[d]; }
+  const int64_t rows = run == dims - 1 ? 1 : sizes[run], columns = sizes[dims - 1], across = strides[dims - 1];
+  const int64_t down = steps[run], along = run == dims - 1 ? 0 : strides[run];
+  for (int64_t n = 0; n < count; n++) {
+    const T* x = in;
+    T* y = out;
+    int64_t left = n;
+    for (int64_t k = int64_t(outer.size()) - 1; k >= 0; k--) {
+      const int64_t d = outer[k], i = left % sizes[d];
+      left /= sizes[d];
+      x += i * strides[d];
+      y += i * steps[d];
+    }
+    if (along != 1 || rows < TILE) {
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) y[i * down + j] = x[i * along + j * across];
+      continue;
+    }
+    // By lines of the cache, each read and written whole once; along the longer side, so that few pages are open.
+    const bool tall = rows > columns;
+    for (int64_t p = 0; p < (tall ? columns : rows); p += TILE)
+      for (int64_t q = 0; q < (tall ? rows : columns); q += TILE) {
+        const int64_t r = tall ? q : p, c = tall ? p : q;
+        const int64_t high = least(TILE, rows - r), wide = least(TILE, columns - c);
+        const T* from = x + r + c * across;
+        T* to = y + r * down + c;
+        T tile[TILE][TILE];
+        if (high == TILE) {
+          for (int64_t j = 0; j < wide; j++) std::memcpy(tile[j], from + j * across, sizeof tile[j]);
+          if (wide == TILE)
+            for (int64_t i = 0; i < TILE; i++)
+              for (int64_t j = 0; j < TILE; j++) to[i * down + j] = tile[j][i];
+          else
+            for (int64_t i = 0; i < TILE; i++)
+              for (int64_t j = 0; j < wide; j++) to[i * down + j] = tile[j][i];
+        } else {
+          for (int64_t i = 0; i < high; i++)
+            for (int64_t j = 0; j < wide; j++) to[i * down + j] = from[i + j * across];
+        }
+      }
+  }
+}
+
+extern "C" void turn(const void* in, void* out, int half, int dims, const int64_t* sizes, const int64_t* strides) {
+  if (half) turn_as(static_cast<const uint16_t*>(in), static_cast<uint16_t*>(out), dims, sizes, strides);
+  else turn_as(static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out), dims, sizes, strides);
+}

@@ -57,6 +57,8 @@ def library() -> Any:
         getattr(built, name).restype = None
     built.count.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p]
     built.count.restype = None
+    built.turn.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    built.turn.restype = None
     return built
 
 
@@ -140,6 +142,32 @@ def _call(name: str, columns: Sequence[Sequence[Tensor]], numbers: Tensor) -> No
     table[:, 5] = _whole_numbers(map(Tensor.numel, first))
     table[:, 6] = _whole_numbers([x.dtype is torch.bfloat16 for x in loser])
     getattr(library(), name)(len(first), table.data_ptr(), torch.get_num_threads(), numbers.data_ptr())
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """`x.contiguous()`; in tiles where torch would jump through memory number by number. Raises Unavailable."""
+    kinds = {torch.float32: 0, torch.bfloat16: 1}
+    if x.is_contiguous() or x.dtype not in kinds or not x.is_cpu or x.is_neg() or x.numel() == 0:
+        return x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    sizes, strides = _together(x)
+    places = (sizes.buffer_info()[0], strides.buffer_info()[0])
+    library().turn(x.data_ptr(), out.data_ptr(), kinds[x.dtype], len(sizes), *places)
+    return out
+
+
+def _together(x: Tensor) -> tuple[array[int], array[int]]:
+    """Sizes and strides with neighbouring dimensions that lie as one taken for one, and those of size 1 left out."""
+    sizes, strides = array("q", [1]), array("q", [1])
+    for n, stride in zip(x.shape, x.stride()):
+        if n == 1:
+            continue
+        if strides[-1] == n * stride and sizes[-1] > 1:
+            sizes[-1], strides[-1] = sizes[-1] * n, stride
+        else:
+            sizes.append(n)
+            strides.append(stride)
+    return sizes, strides
 
 
 def count(counters: Sequence[Tensor], by: int) -> Tensor | None:

@@ -47,7 +47,7 @@ def whole(written: Sequence[int], *tensors: Any) -> list[Any] | None:
         if not turned.is_contiguous():
             if i in written:
                 return None
-            turned = turned.contiguous()
+            turned = native.contiguous(turned)
         found[i] = turned.view(-1)
     return found
 

@@ -117,3 +117,15 @@ def test_compiled_loops_take_transposed_tensors_as_they_are(monkeypatch):
     w, l = torch.randn(7, 300).t(), torch.randn(7, 300).t()
     fused.rows([w], [l])
     assert [x.data_ptr() for (x,) in seen[0]] == [w.data_ptr(), w.data_ptr(), l.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (40,), (33, 65), (65, 33, 1), (70, 3, 3, 66), (2, 17, 1, 50), (0, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_copies_in_tiles_are_those_of_torch(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for order in itertools.permutations(range(len(shape))):
+        x = laid_out(torch.randn(shape, generator=generator).to(dtype), order)
+        parts = [x, x[..., : x.shape[-1] // 2], x[:1].expand(shape) if x.numel() else x, torch._neg_view(x)]
+        for part in parts:
+            found = native.contiguous(part)
+            assert found.shape == part.shape and found.is_contiguous() and torch.equal(found, part)
