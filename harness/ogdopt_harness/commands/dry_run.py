@@ -19,18 +19,17 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig
 
 from ogdopt_harness.common.run_folder import SUPERVISED, StudyFolder
 from ogdopt_harness.common.tables import NONE, Table, size
 from ogdopt_harness.config.located import located
 from ogdopt_harness.config.schema import Config, DataConfig, StageConfig
-from ogdopt_harness.data.examples import Example, Kind, Part, load_preferences, load_sft, texts
+from ogdopt_harness.data.examples import DataReport, Example, Kind, Part, load_preferences, load_sft, texts
 from ogdopt_harness.data.preview import CLOSE, OPEN, groups, histogram, marked
 from ogdopt_harness.data.rows import Problem, rows
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.suite import local_tasks, official_tasks, quiet
-from ogdopt_harness.modeling.build import architecture
+from ogdopt_harness.modeling.build import architecture, check_positions, fitted
 from ogdopt_harness.modeling.memory import (
     PARTS,
     SIZES,
@@ -43,6 +42,7 @@ from ogdopt_harness.modeling.memory import (
     shape_of,
     trained_parameters,
 )
+from ogdopt_harness.modeling.pretrained import read_config
 from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
 from ogdopt_harness.pipeline.preflight import preflight
 from ogdopt_harness.training.job import Plan
@@ -84,6 +84,7 @@ class DryRun:
         self.specs = preflight(config)
         self.config = located(config, str(scratch / "data"), config.study.seeds[0])
         self.tokenizer: Any = None
+        self.outline: Any = None
         self.rows: dict[tuple[Kind, Part], Rows] = {}
         self.shape: Shape | None = None
         self.trained: dict[Kind, int] = {}
@@ -95,6 +96,9 @@ class DryRun:
             make_world(self.config.world, self.scratch / "data")
         with self.collecting("tokenizer, templates, lengths", "give a local folder with --model.tokenizer_name_or_path FOLDER"):
             self.tokenizer = self.get_tokenizer()
+        if self.tokenizer is not None:
+            with self.collecting("model, its weights and vocabulary", "give a local folder with --model.model_name_or_path"):
+                self.outline = fitted(self.config.model, self.tokenizer)
         for kind, stage, data in self.sources():
             self.data(kind, stage, data)
         self.evaluation()
@@ -183,10 +187,17 @@ class DryRun:
         if kind != "preference":
             examples, report = load_sft(data, self.tokenizer, part, kind)
             self.say(report.summary())
+            self.check_positions(report)
             return Rows(len(examples), 0, False, [(example,) for example in examples])
         found, report = load_preferences(data, self.tokenizer, part)
         self.say(report.summary())
+        self.check_positions(report)
         return Rows(len(found.winners), len(found.losers), found.paired, groups(found))
+
+    def check_positions(self, report: DataReport) -> None:
+        """Whether the model reads rows of this length."""
+        if self.outline is not None:
+            check_positions(self.outline, report.longest, report.option)
 
     def untokenized(self, kind: Kind, part: Part, data: DataConfig) -> Rows:
         """The rows' form alone: what a tokenizer would add (lengths, templates, empty completions) is not known."""
@@ -276,13 +287,7 @@ class DryRun:
             return architecture(model, None if self.tokenizer is None else len(self.tokenizer))
         if model.model_name_or_path is None:
             raise ValueError("model.architecture is empty and model.model_name_or_path null; give one of them")
-        try:
-            return AutoConfig.from_pretrained(model.model_name_or_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model.model_name_or_path: no configuration of {model.model_name_or_path!r} here, and model.architecture, "
-                "which would do, is empty"
-            ) from error
+        return read_config(model.model_name_or_path, "model.model_name_or_path")
 
     def memory(self) -> None:
         """A table of bytes by part: a column for the supervised stage and for each kind of method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.modeling.pretrained import load_pretrained
+from ogdopt_harness.modeling.tokenizer import check_vocabulary, load_tokenizer
 
 PLAIN_ATTENTION = ("sdpa", "eager", "flex_attention")  # which need nothing but torch
 
@@ -96,6 +98,44 @@ def outline(config: ModelConfig, tokens: int | None = None) -> PreTrainedModel:
             raise ValueError("model.architecture is empty and model.model_name_or_path null; give one of them")
         return meta_model(architecture(config, tokens))
     return load_model(config, config.model_name_or_path, device_map="meta")
+
+
+def fitted(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The outline of the model that `config` describes, once the tokenizer is known to belong to it.
+
+    Raises ValueError for a model that cannot be loaded whole, and for a vocabulary that is not its own.
+    """
+    found = outline(config, len(tokenizer))
+    name = config.model_name_or_path
+    if name is not None:
+        own = None
+        if config.tokenizer_name_or_path not in (None, name):
+            try:
+                own = load_tokenizer(name, option="model.model_name_or_path")
+            except ValueError:  # a model without a tokenizer of its own: only the sizes can be compared
+                own = None
+        embedding: Any = found.get_input_embeddings()
+        check_vocabulary(tokenizer, embedding.weight.shape[0], name, own)
+    return found
+
+
+def check_positions(model: PreTrainedModel, longest: int, option: str) -> None:
+    """Raises ValueError where rows of `longest` tokens run out of the model's table of positions; warns beyond its range."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or longest <= most:
+        return
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):
+        raise ValueError(
+            f"{option}: the longest row has {longest:,} tokens, and the model has a table of {most:,} positions; set "
+            f"{option.rpartition('.')[0]}.max_length to {most} or less"
+        )
+    warnings.warn(
+        f"{option}: the longest row has {longest:,} tokens, and the model was made for {most:,} positions; what "
+        "it says beyond these it was not trained to say",
+        stacklevel=2,
+    )
 
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.kept import fingerprint_of, settled
 from ogdopt_harness.evaluation.suite import evaluate
 from ogdopt_harness.modeling.broadcast import outlined
-from ogdopt_harness.modeling.build import build_model, load_model
+from ogdopt_harness.modeling.build import build_model, check_positions, fitted, load_model
 from ogdopt_harness.modeling.memory import precision_warning
 from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.modeling.tokenizer import load_tokenizer, train_tokenizer
@@ -252,6 +252,11 @@ class SeedStudy:
         """The tokenizer of all models of this study."""
         return load_tokenizer(self._words, self.config.model.chat_template)
 
+    @cached_property
+    def _outline(self) -> Any:
+        """The model of this study without its weights, once the tokenizer is known to belong to it."""
+        return fitted(self.config.model, self.tokenizer)
+
     @property
     def _words(self) -> str | Path:
         """Where the study's tokenizer is."""
@@ -287,7 +292,9 @@ class SeedStudy:
                 option = f"{kind}.data.{part}"
                 split = data.train_split if part == "train" else data.eval_split
                 same_files(known, local_files(getattr(data, part), split, option), option)
+                model = self._outline
                 found[part], report = load(data, self.tokenizer, part)
+                check_positions(model, report.longest, option)
                 same_rows(known, f"{option} {json.dumps(as_dict(data), sort_keys=True)}", option, rows_of(found[part]))
                 reports[f"{kind}.data.{part}"] = report.as_dict()
                 print(report.summary())
