@@ -179,9 +179,9 @@ def kib(name):
 
 def patience(folder, tok, method, ranks):
     """What the first process does for all takes longer than a collective may; then it fails."""
-    found = ranks.tell(lambda: time.sleep(LIMIT.seconds + 2) or "done")
+    found = ranks.on_first(lambda: time.sleep(LIMIT.seconds + 2) or "done")
     try:
-        ranks.tell(lambda: int("x"))
+        ranks.on_first(lambda: int("x"))
     except FailedElsewhere as error:
         return {"found": found, "error": str(error)}
     except ValueError as error:

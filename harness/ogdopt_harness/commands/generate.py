@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import digest, write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.ranks import ALONE, Ranks, sharing
 from ogdopt_harness.common.run_folder import AnswersFolder, short_name
 from ogdopt_harness.config.commands import GenerateConfig
 from ogdopt_harness.evaluation.answer_files import FORMATS, Prompt, read_prompts, token_counter
@@ -45,13 +45,17 @@ class Asked:
     new_tokens: int
 
 
+NOT_ANSWERS = ("output_dir", "limit", "batch_size", "token_counter", "name")
+"""Options that answers do not depend on."""
+
+
 def main(config: GenerateConfig, model: str, prompts: str) -> None:
     """Answer all prompts and write the benchmark's file."""
-    with ranks.joined():
-        generate(model, prompts, config)
+    with sharing() as ranks:
+        generate(model, prompts, config, ranks)
 
 
-def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
+def generate(model: str, prompts: str, config: GenerateConfig, ranks: Ranks = ALONE) -> Path:
     """Answer all prompts; the path of the benchmark's file, or of answers.jsonl.
 
     Raises ValueError for prompts, models and options that cannot be used, for a prompt longer than the model reads, and for a
@@ -59,27 +63,21 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
     """
     asked = read_prompts(prompts, config.format, config.split)[: config.limit]
     home, name = AnswersFolder(Path(config.output_dir)), config.name or short_name(Path(model)).replace("/", "-")
-    backend = _backend(config)
+    backend = _backend(config, ranks)
     words = load_words(model, config.tokenizer, apply_chat_template=True)
     about = read_config(model, "model")
     count = token_counter(config.format, config.token_counter, words)
-    if ranks.rank() == 0:
-        kept = {
-            k: v for k, v in asdict(config).items() if k not in ("output_dir", "limit", "batch_size", "token_counter", "name")
-        }
-        settings = {
-            "model": model,
-            "weights": fingerprint(model, config=about),
-            "prompts": prompts,
-            "prompts_sha256": digest(Path(prompts)) if Path(prompts).is_file() else None,
-            **kept,
-            "backend": backend,
-        }
+
+    def note() -> None:
+        kept = {k: v for k, v in asdict(config).items() if k not in NOT_ANSWERS}
+        sources = {"prompts": prompts, "prompts_sha256": digest(Path(prompts)) if Path(prompts).is_file() else None}
+        settings = {"model": model, "weights": fingerprint(model, config=about), **sources, **kept, "backend": backend}
         record(home.path, settings, {"name": name, "kind": "answers", "method": "greedy"})
-    ranks.barrier()
+
+    ranks.on_first(note)
     longest = int(getattr(about.get_text_config(), "max_position_embeddings", 0) or sys.maxsize)
     work = [_templated(prompt, words, longest, config.max_new_tokens) for prompt in asked]
-    journal = Journal(home.answers, rank=ranks.rank())
+    journal = Journal(home.answers, rank=ranks.rank)
     for prompt in asked:
         if prompt.id in journal and journal[prompt.id]["messages"] != prompt.messages:
             raise ValueError(
@@ -87,27 +85,28 @@ def generate(model: str, prompts: str, config: GenerateConfig) -> Path:
                 "another --output_dir, or take that line out"
             )
     if backend == "vllm":
-        _answer(work, journal, BLOCK, _vllm(model, config), words)
+        _answer(work, journal, BLOCK, _vllm(model, config), words, ranks)
     else:
         loaded, _ = load(model, device_name(config.device), tokenizer=config.tokenizer, apply_chat_template=True)
-        _answer(work, journal, config.batch_size, _transformers(loaded, words), words)
-    answers = ranks.merged(dict(journal))
-    file = home.answers
-    if ranks.rank() == 0:
-        file = _write(home.path, name, asked, answers, config, count) or file
+        _answer(work, journal, config.batch_size, _transformers(loaded, words), words, ranks)
+    answers = ranks.merge(journal)
+
+    def write() -> Path:
+        file = _write(home.path, name, asked, answers, config, count) or home.answers
         _say(asked, answers, file, config)
-    ranks.barrier()
-    return file
+        return file
+
+    return ranks.on_first(write)
 
 
-def _backend(config: GenerateConfig) -> str:
+def _backend(config: GenerateConfig, ranks: Ranks) -> str:
     if config.backend != "auto":
         if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
             raise ValueError("backend is 'vllm', which is not installed; pip install vllm, or take transformers")
-        if config.backend == "vllm" and ranks.size() > 1:
+        if config.backend == "vllm" and ranks.size > 1:
             raise ValueError("vLLM spreads its work over GPUs itself; start it with python instead of torchrun")
         return config.backend
-    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() and ranks.size() == 1
+    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() and ranks.size == 1
     return "vllm" if usable else "transformers"
 
 
@@ -128,11 +127,12 @@ def _answer(
     size: int,
     backend: Callable[[Sequence[Asked]], list[tuple[list[int], str]]],
     tokenizer: Any,
+    ranks: Ranks,
 ) -> None:
     """Answer what the journal lacks, longest prompts first, so that what does not fit in memory fails at once."""
     order = sorted(work, key=lambda asked: (-len(asked.ids), asked.ids))
-    pieces = [order[start : start + size] for start in range(0, len(order), size)][ranks.rank() :: ranks.size()]
-    bar = tqdm(total=sum(map(len, pieces)), desc="answering", disable=ranks.rank() > 0 or not sys.stderr.isatty())
+    pieces = ranks.share([order[start : start + size] for start in range(0, len(order), size)])
+    bar = tqdm(total=sum(map(len, pieces)), desc="answering", disable=not ranks.first or not sys.stderr.isatty())
     with bar:
         for piece in pieces:
             # A batch is answered whole or not at all: an answer may depend on its neighbours in the last bits.

@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.ranks import ALONE, Ranks, sharing
 from ogdopt_harness.common.run_folder import short_name
 from ogdopt_harness.common.sources import RowError, kind_of, read
 from ogdopt_harness.config.commands import ROW, PairsConfig
@@ -60,11 +60,11 @@ Score = Callable[[Ask, str], float]
 
 def main(config: PairsConfig, rows: str) -> None:
     """Sample, score, and write the pairs."""
-    with ranks.joined():
-        make_pairs(rows, config)
+    with sharing() as ranks:
+        make_pairs(rows, config, ranks)
 
 
-def make_pairs(rows: str, config: PairsConfig) -> Path:
+def make_pairs(rows: str, config: PairsConfig, ranks: Ranks = ALONE) -> Path:
     """Sample, score and write; the path of pairs.jsonl. Raises ValueError for what cannot be used, by place or option."""
     asks = read_asks(rows, config)
     score = scorer(config.score, asks)
@@ -74,17 +74,20 @@ def make_pairs(rows: str, config: PairsConfig) -> Path:
         raise ValueError(
             f"the models {' and '.join(models)} end in the same folders, so their samples would be one file; move one"
         )
-    if ranks.rank() == 0:
+
+    def note() -> None:
         kept = {k: v for k, v in asdict(config).items() if k not in NOT_SAMPLING}
         weights = {m: fingerprint(m, config=read_config(m, "model")) for m in models}
         record(directory, {"rows": rows, "weights": weights, **kept}, {"name": "pairs", "kind": "pairs", "method": "sampling"})
-    ranks.barrier()
+
+    ranks.on_first(note)
     for model in models:
-        sample(model, asks, config)
-    ranks.barrier()
-    samples = {model: Journal(samples_file(config, model), rank=ranks.rank()) for model in models}
+        sample(model, asks, config, ranks)
+    ranks.wait()
     file = directory / "pairs.jsonl"
-    if ranks.rank() == 0:
+
+    def write() -> None:
+        samples = {model: Journal(samples_file(config, model)) for model in models}
         pairs, left_out = paired(asks, samples, score, config)
         if not pairs:
             raise ValueError(
@@ -92,7 +95,8 @@ def make_pairs(rows: str, config: PairsConfig) -> Path:
             )
         write_text(file, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         print(f"{len(pairs)} pairs of {len(asks)} prompts; left out: {said(left_out) or 'none'}\nWritten: {file}")
-    ranks.barrier()
+
+    ranks.on_first(write)
     return file
 
 
@@ -175,10 +179,10 @@ def samples_file(config: PairsConfig, model: str) -> Path:
     return Path(config.output_dir) / f"samples-{short_name(Path(model)).replace('/', '-')}.jsonl"
 
 
-def sample(model: str, asks: Sequence[Ask], config: PairsConfig) -> None:
+def sample(model: str, asks: Sequence[Ask], config: PairsConfig, ranks: Ranks) -> None:
     """Sample what the journal lacks, a prompt at a time, so that what is drawn depends on the prompt's own seed alone."""
-    journal = Journal(samples_file(config, model), rank=ranks.rank())
-    missing = [ask for ask in asks if ask.id not in journal][ranks.rank() :: ranks.size()]
+    journal = Journal(samples_file(config, model), rank=ranks.rank)
+    missing = ranks.share([ask for ask in asks if ask.id not in journal])
     if not missing:
         return
     loaded, words = load(model, device_name(config.device), tokenizer=config.tokenizer, apply_chat_template=True)
@@ -194,7 +198,7 @@ def sample(model: str, asks: Sequence[Ask], config: PairsConfig) -> None:
         pad_token_id=pad,
         eos_token_id=ends or None,
     )
-    for ask in tqdm(missing, desc="sampling", disable=ranks.rank() > 0 or not sys.stderr.isatty()):
+    for ask in tqdm(missing, desc="sampling", disable=not ranks.first or not sys.stderr.isatty()):
         text = words.apply_chat_template(ask.messages, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([words(text, add_special_tokens=False).input_ids], device=loaded.device)
         torch.manual_seed(ask.seed)

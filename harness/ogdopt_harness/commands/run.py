@@ -42,17 +42,17 @@ def run(config: Config) -> None:
     transformers.utils.logging.disable_progress_bar()
     ranks, device = join(device_name(config.device))
     folder = StudyFolder(config.study.directory)
-    ranks.tell(lambda: preflight(config, device))
-    ranks.tell(lambda: record(folder.path, config))
+    ranks.on_first(lambda: preflight(config, device))
+    ranks.on_first(lambda: record(folder.path, config))
     for seed in config.study.seeds:
         with ExitStack() as stack:  # the first process holds the folder for all
-            ranks.tell(lambda seed=seed: stack.enter_context(locked(folder.seed(seed))))
+            ranks.on_first(lambda seed=seed: stack.enter_context(locked(folder.seed(seed))))
             study = SeedStudy(config, seed, ranks, device)
             study.prepare()
             study.supervised()
             for spec in study.specs:
                 study.method(spec)
-    ranks.tell(lambda: report(config))
+    ranks.on_first(lambda: report(config))
     leave(ranks)
 
 

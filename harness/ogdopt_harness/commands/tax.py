@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from ogdopt_harness.analysis.comparison import ASKED, plain
 from ogdopt_harness.analysis.study_reader import Evaluation
 from ogdopt_harness.analysis.tax import Tax, compare, difference, reduction, unanswered, verdict
 from ogdopt_harness.commands.usage import Asked
-from ogdopt_harness.common import ranks
 from ogdopt_harness.common.device import device_name
 from ogdopt_harness.common.files import write_json, write_text
+from ogdopt_harness.common.ranks import Ranks, sharing
 from ogdopt_harness.common.run_folder import RunFolder, short_name
 from ogdopt_harness.common.sources import HUB_ID
 from ogdopt_harness.common.tables import NONE, Table, interval, markdown_text, number, p_text, percent
@@ -47,19 +47,22 @@ class Subject:
 def main(asked: Asked, reference: str, model: Sequence[str]) -> None:
     """Evaluate what has no evaluation yet, print the comparison, and write tax.md and tax.json into the study's directory."""
     config, named = asked.config, [reference, *model]
-    with ranks.joined():
+    with sharing() as ranks:
         directory = config.study.directory
         config = located(config, str(directory / "data"), 0)
         found = [subjects(word) for word in named]
         everyone = [found[0][-1], *(subject for group in found[1:] for subject in group)]
         if twice := {s.name for s in everyone if [other.name for other in everyone].count(s.name) > 1}:
             raise ValueError(f"tax: {', '.join(sorted(twice))} is named twice; expected different models")
-        files = {subject.name: subject.evaluation or _evaluated(subject, config, directory) for subject in everyone}
-        if ranks.rank() == 0:
-            comparison = Compared.of({name: Evaluation.read(file) for name, file in files.items()}, config)
-            comparison.write(directory)
-            comparison.show(directory)
-        ranks.barrier()
+        files = {subject.name: subject.evaluation or _evaluated(subject, config, directory, ranks) for subject in everyone}
+        ranks.on_first(lambda: report(files, config, directory))
+
+
+def report(files: Mapping[str, Path], config: Config, directory: Path) -> None:
+    """Compare evaluations by name, the reference's first; write and print what was found."""
+    comparison = Compared.of({name: Evaluation.read(file) for name, file in files.items()}, config)
+    comparison.write(directory)
+    comparison.show(directory)
 
 
 def subjects(word: str) -> list[Subject]:
@@ -79,23 +82,21 @@ def subjects(word: str) -> list[Subject]:
     )
 
 
-def _evaluated(subject: Subject, config: Config, directory: Path) -> Path:
+def _evaluated(subject: Subject, config: Config, directory: Path, ranks: Ranks) -> Path:
     """The evaluation of a model, made now unless it is there and the model has not changed since."""
     assert subject.model is not None
     home = directory / re.sub(r"[^\w.-]+", "_", str(subject.model)).strip("_")
     output = RunFolder(home).evaluation(1)
-    if ranks.rank() == 0:
-        facts = {"name": subject.name, "kind": "evaluation", "method": "none", "model": str(subject.model)}
-        record(home, {"evals": config.evals, "tokenizer": config.model.tokenizer_name_or_path}, facts)
-    ranks.barrier()
+    facts = {"name": subject.name, "kind": "evaluation", "method": "none", "model": str(subject.model)}
+    ranks.on_first(lambda: record(home, {"evals": config.evals, "tokenizer": config.model.tokenizer_name_or_path}, facts))
     words = config.model.tokenizer_name_or_path
     tokenizer = Path(words) if words else None
-    missing = ranks.rank() == 0 and not settled(output, fingerprint_of(config.evals, subject.model, tokenizer))
-    if ranks.merged({ranks.rank(): missing})[0]:  # the first decides: another machine may not see its files
-        if ranks.rank() == 0:
+    made = fingerprint_of(config.evals, subject.model, tokenizer)
+    if not ranks.on_first(lambda: settled(output, made)):  # another machine may not see the first one's files
+        if ranks.first:
             print(f"evaluating {subject.name}", flush=True)
         where: dict[str, Any] = {"run": subject.name, "epoch": 1, "seed_dir": None, "device": device_name(config.device)}
-        evaluate(subject.model, config.evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer)
+        evaluate(subject.model, config.evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer, ranks=ranks)
     return output
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+K = TypeVar("K")
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -45,8 +46,8 @@ class Ranks:
         """Whether this is the one that writes, prints and evaluates."""
         return self.rank == 0
 
-    def tell(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process; the others wait for it, and fail where it fails."""
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` in the first process alone; what it returns, in all. The others wait for it, and fail where it fails."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None]
@@ -71,6 +72,14 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.patient)
         return found
 
+    def share(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's share of independent work."""
+        return work[self.rank :: self.size]
+
+    def merge(self, found: Mapping[K, T]) -> dict[K, T]:
+        """The entries of all processes together, in each of them."""
+        return {key: value for part in self.gather(dict(found)) for key, value in part.items()}
+
     def wait(self) -> None:
         """Go on together."""
         if self.size > 1:
@@ -85,7 +94,6 @@ class Ranks:
 
 ALONE = Ranks()
 """No other process."""
-_joined = ALONE
 
 
 def join(device: str) -> tuple[Ranks, torch.device]:
@@ -113,10 +121,8 @@ def join(device: str) -> tuple[Ranks, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         store = HashStore() if size == 1 else _fresh_store()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    global _joined
     patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    _joined = Ranks(rank, size, patient)
-    return _joined, torch.device(device)
+    return Ranks(rank, size, patient), torch.device(device)
 
 
 def _fresh_store() -> PrefixStore:
@@ -150,48 +156,20 @@ def leave(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-# ---- independent work, each process with a share of it --------------------------------------------------------------------
-
-
 @contextmanager
-def joined() -> Iterator[None]:
-    """The process group of torchrun's processes, if it started this one; left again at the end.
+def sharing() -> Iterator[Ranks]:
+    """The processes of torchrun, if it started this one, for independent work that they share; left again at the end.
 
     gloo, since all that goes between them are results, objects on the host.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in PLACE)
+    if size == 1:
+        yield ALONE
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.cuda.set_device(local)
     dist.init_process_group("gloo", timeout=PATIENCE, store=_fresh_store(), rank=rank, world_size=size)
     try:
-        yield
+        yield Ranks(rank, size)
     finally:
         dist.destroy_process_group()
-
-
-def here() -> Ranks:
-    """This process among those that `join` or `joined` has brought together."""
-    return _joined if _joined.size > 1 or not dist.is_initialized() else Ranks(dist.get_rank(), dist.get_world_size())
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return here().rank
-
-
-def size() -> int:
-    """How many processes there are."""
-    return here().size
-
-
-def merged(share: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of all processes together, in each of them. Every process has to call it."""
-    return {key: value for part in here().gather(share) for key, value in part.items()}
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    here().wait()

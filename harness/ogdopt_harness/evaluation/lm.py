@@ -29,8 +29,8 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ogdopt_harness.common import ranks
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.modeling.pretrained import load_pretrained
 from ogdopt_harness.modeling.tokenizer import check_vocabulary, load_tokenizer
 
@@ -48,15 +48,16 @@ def load(
     apply_chat_template: bool,
     device_map: str | None = None,
     option: str = "model",
+    ranks: Ranks = ALONE,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of an exported folder (or a hub id), in the type that the weights are stored in.
 
     `tokenizer` is another folder or hub id that has it. With `device_map` ("auto") the layers are spread over all devices.
     Raises ValueError where there is no model, no tokenizer, no chat template to apply, or the two do not belong together.
     """
-    if device_map is not None and ranks.size() > 1:
+    if device_map is not None and ranks.size > 1:
         raise ValueError(
-            f"evals.device_map is {device_map!r}, which spreads one model over all devices, but there are {ranks.size()} "
+            f"evals.device_map is {device_map!r}, which spreads one model over all devices, but there are {ranks.size} "
             "processes; start one with python, or let every process have the whole model (evals.device_map null)"
         )
     words = load_words(model, tokenizer, apply_chat_template)
@@ -95,7 +96,14 @@ class EvalLM(StockLM):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, bar: tqdm | None = None, journal: Journal | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        bar: tqdm | None = None,
+        journal: Journal | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
@@ -106,6 +114,7 @@ class EvalLM(StockLM):
         self.delimiter = reply_delimiter(self.render) if tokenizer.chat_template else ""
         self.bar = bar
         self.journal = journal
+        self.ranks = ranks
         self.set_cache_hook(Advance(bar))
 
     def render(self, messages: Messages, **options: Any) -> str:
@@ -184,11 +193,11 @@ class EvalLM(StockLM):
     def _answers(self, pieces: list[list[int]], keys: list[str], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
         """The answers to all requests, in order: of the journal, of this process or of another one; see the module."""
         if self.bar is not None:
-            self.bar.total = (self.bar.total or 0) + sum(map(len, pieces[ranks.rank() :: ranks.size()]))
+            self.bar.total = (self.bar.total or 0) + sum(map(len, self.ranks.share(pieces)))
             self.bar.refresh()
         known = {} if self.journal is None else self.journal
         answers: dict[int, Any] = {}
-        for piece in pieces[ranks.rank() :: ranks.size()]:
+        for piece in self.ranks.share(pieces):
             if all(keys[i] in known for i in piece):
                 found = [known[keys[i]]["answer"] for i in piece]
                 if self.bar is not None:
@@ -198,7 +207,7 @@ class EvalLM(StockLM):
                 if self.journal is not None:
                     self.journal.add({"id": keys[i], "answer": answer} for i, answer in zip(piece, found, strict=True))
             answers |= zip(piece, found, strict=True)
-        answers = ranks.merged(answers)
+        answers = self.ranks.merge(answers)
         return [answers[i] for i in range(len(keys))]
 
     def room(self, stop: Stop) -> int:

@@ -34,9 +34,9 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from ogdopt_harness.common import ranks
 from ogdopt_harness.common.files import sealed, write_text
 from ogdopt_harness.common.journal import Journal
+from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.common.run_folder import partial
 from ogdopt_harness.config import ranges
 from ogdopt_harness.config.schema import EvalConfig, TaskConfig
@@ -58,12 +58,13 @@ def evaluate(
     device: str,
     progress: bool = True,
     tokenizer: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Evaluate the Hugging Face folder `model_dir` and write `output` (JSON, whole or not at all); returns what it holds.
 
     `run` and `epoch` are recorded; so is the model's folder, relative to `seed_dir` where it lies in it. The state of all
     random generators is left as it was. `tokenizer` is another folder that has it. Answers stream into a journal next to
-    `output`, from which an interrupted evaluation of the same model with the same settings goes on. Under torchrun each process
+    `output`, from which an interrupted evaluation of the same model with the same settings goes on. Each of several `ranks`
     answers a share, and the first writes the file. Raises ValueError for a model, a benchmark file or a task that cannot be
     used; warns where prompts lost their beginning because the model cannot read that many tokens.
     """
@@ -80,15 +81,16 @@ def evaluate(
             tokenizer=tokenizer,
             apply_chat_template=config.apply_chat_template,
             device_map=config.device_map,
+            ranks=ranks,
         )
-        shows = progress and ranks.rank() == 0
+        shows = progress and ranks.first
         with tqdm(desc=f"evaluating {run} epoch {epoch}", disable=not shows, file=terminal, leave=False) as bar:
-            lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar)
+            lm = EvalLM(model, words, batch_size=config.batch_size, bar=bar, ranks=ranks)
             check_choices(local, lm, config.limit)
             about = {**settings(config, lm), **versions(), "words": str(tokenizer)}
             about["model"] = fingerprint(model_dir, config=model.config)
             digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-            lm.journal = Journal(partial(output, digest), rank=ranks.rank())
+            lm.journal = journal = Journal(partial(output, digest), rank=ranks.rank)
             samples = ask(lm, config, [*local.values(), *(task for tasks in official.values() for task in tasks)])
     if lm.truncated:
         warnings.warn(
@@ -108,10 +110,12 @@ def evaluate(
         "tasks": {**tasks, **{name: official_answers(name, leaves, samples) for name, leaves in official.items()}},
         "style": style_answers(samples["style"]) if "style" in local else None,
     }
-    if ranks.rank() == 0:
+
+    def write() -> None:
         write_text(output, json.dumps(sealed(result), ensure_ascii=False, allow_nan=False) + "\n")
-        lm.journal.remove()
-    ranks.barrier()
+        journal.remove()
+
+    ranks.on_first(write)
     return result
 
 

@@ -35,7 +35,7 @@ def outlined(load: Callable[[], M], ranks: Ranks) -> M:
 
     if ranks.size == 1:
         return load()
-    outline = ranks.tell(work)
+    outline = ranks.on_first(work)
     return loaded[0] if ranks.first else outline
 
 

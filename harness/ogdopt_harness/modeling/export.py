@@ -35,7 +35,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
             (temporary / "README.md").write_text(card, encoding="utf-8")
             seal(temporary)
 
-    ranks.tell(write)
+    ranks.on_first(write)
 
 
 def model_card(title: str, base: str, recipe: dict[str, Any], figures: dict[str, float]) -> str:

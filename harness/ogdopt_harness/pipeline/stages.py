@@ -58,7 +58,7 @@ class SeedStudy:
 
     def prepare(self) -> None:
         """Make the world and the tokenizer, where the study has its own; read and check all rows once."""
-        self.ranks.tell(self._prepare)
+        self.ranks.on_first(self._prepare)
 
     def _prepare(self) -> None:
         if self.config.world is not None:
@@ -77,7 +77,7 @@ class SeedStudy:
         config, folder = self.config, self.home.supervised
         facts = {"name": folder.name, "kind": "stage", "method": "sft", "beta": None, "label": "SFT"}
         sections = {"world": config.world, "model": config.model, "sft": config.sft}
-        self.ranks.tell(lambda: record(folder.path, sections, facts | {"seed": config.sft.seed}))
+        self.ranks.on_first(lambda: record(folder.path, sections, facts | {"seed": config.sft.seed}))
         if not self._done(folder):
             if self._epochs(config.sft):
                 recipe = as_dict(config.sft)
@@ -90,7 +90,7 @@ class SeedStudy:
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
                 nothing = {STEPS: 0, EPOCHS: 0, SECONDS: 0.0}
-                self.ranks.tell(lambda: folder.finish(nothing))
+                self.ranks.on_first(lambda: folder.finish(nothing))
         self._evaluate(folder, self.start, self._epochs(config.sft))
 
     def method(self, spec: RunSpec) -> None:
@@ -110,13 +110,13 @@ class SeedStudy:
             self._train(folder, spec, facts, stage | ({"joint": joint} if joint else {}))
         if reward:
             return  # it answers no questions
-        epochs = self.ranks.tell(folder.ending)[EPOCHS]
+        epochs = self.ranks.on_first(folder.ending)[EPOCHS]
         for epoch in range(1 if self.config.evals.epochs == "all" else epochs, epochs + 1):
             self._evaluate(folder, folder.model(epoch), epoch)
 
     def _done(self, folder: RunFolder) -> bool:
-        self.ranks.tell(folder.check)
-        return self.ranks.tell(folder.complete.is_file)
+        self.ranks.on_first(folder.check)
+        return self.ranks.on_first(folder.complete.is_file)
 
     def _stage_settings(self, method: str) -> dict[str, Any]:
         """The preference stage's settings without those that a run of `method` does not read, or that are in its name."""
@@ -132,7 +132,7 @@ class SeedStudy:
         config = self.config
         sections = {"world": config.world, "model": config.model, "sft": config.sft, "preference": stage}
         sections |= {"joint": joint} if joint else {}
-        self.ranks.tell(lambda: record(folder.path, sections, facts | {"seed": config.preference.seed}))
+        self.ranks.on_first(lambda: record(folder.path, sections, facts | {"seed": config.preference.seed}))
 
     def _train(
         self,
@@ -215,8 +215,8 @@ class SeedStudy:
             if not self._done(folder):
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
                 self._train(folder, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
-            found[name] = self.ranks.tell(lambda folder=folder, name=name: least(folder, measured(objective(name))))
-        self.ranks.tell(lambda: write_json(self.home.optima, sealed(found)))
+            found[name] = self.ranks.on_first(lambda folder=folder, name=name: least(folder, measured(objective(name))))
+        self.ranks.on_first(lambda: write_json(self.home.optima, sealed(found)))
         return found
 
     def _good_enough(self, spec: RunSpec) -> list[list[float]]:
@@ -224,7 +224,7 @@ class SeedStudy:
         given = self.config.joint.stop_pareto
         if given is not None or spec.method == "alright":
             return given or []
-        return self.ranks.tell(self._ends_of_alright)
+        return self.ranks.on_first(self._ends_of_alright)
 
     def _ends_of_alright(self) -> list[list[float]]:
         points = []
@@ -282,7 +282,7 @@ class SeedStudy:
 
         Raises ValueError if they are not those that this study was begun with.
         """
-        return self.ranks.tell(lambda: self._read(kind, data, load))
+        return self.ranks.on_first(lambda: self._read(kind, data, load))
 
     def _read(self, kind: str, data: DataConfig, load: Any) -> dict[str, Any]:
         found, reports = {}, {}
@@ -336,12 +336,12 @@ class SeedStudy:
             return
         words = None if Path(model).is_relative_to(self.home.path) else self._words  # a base model may have no template
         tokenizer = Path(words) if words else None
-        if self.ranks.tell(lambda: settled(output, fingerprint_of(evals, Path(model), tokenizer))):
+        if self.ranks.on_first(lambda: settled(output, fingerprint_of(evals, Path(model), tokenizer))):
             return
         if self.ranks.first:
             print(f"[seed {self.seed}] evaluating {folder.name}, epoch {epoch}", flush=True)
         where = {"run": folder.name, "epoch": epoch, "seed_dir": self.home.path, "device": str(self.device)}
-        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer)
+        evaluate(Path(model), evals, output, **where, progress=sys.stderr.isatty(), tokenizer=tokenizer, ranks=self.ranks)
 
 
 def least(run: RunFolder, key: str) -> float:

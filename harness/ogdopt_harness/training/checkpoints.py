@@ -68,7 +68,7 @@ def save(
     """
     final = folder / f"step-{progress.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp")
-    ranks.tell(lambda: _start(folder, temporary))
+    ranks.on_first(lambda: _start(folder, temporary))
     problem, manifest = "", {}
     try:
         with _quiet():
@@ -82,19 +82,19 @@ def save(
     except (OSError, RuntimeError, CheckpointException) as error:
         problem = _reason(error)
     outcomes = ranks.gather((problem, manifest))
-    ranks.tell(lambda: _finish(final, temporary, outcomes, _state(progress, optimizer, scheduler)))
+    ranks.on_first(lambda: _finish(final, temporary, outcomes, _state(progress, optimizer, scheduler)))
     return final
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Any, ranks: Ranks = ALONE) -> Progress | None:
     """Load the newest whole checkpoint of `folder`; None if there is none. A broken one is named in a warning, not used."""
-    for path in reversed(ranks.tell(lambda: found(folder))):
+    for path in reversed(ranks.on_first(lambda: found(folder))):
         problem = broken(path, ranks)
         if problem:
             if ranks.first:
                 warnings.warn(f"checkpoint {path} is not used: {problem}", stacklevel=2)
             continue
-        state = ranks.tell(lambda path=path: read_json(path / "state.json"))
+        state = ranks.on_first(lambda path=path: read_json(path / "state.json"))
         _load(path, model, optimizer, state, ranks)
         scheduler.load_state_dict(state["scheduler"])
         own = path / f"rng-{ranks.rank}.safetensors"

@@ -134,7 +134,7 @@ class Scorer:
     def _reference(self) -> dict[str, Tensor]:
         """Log-probabilities of the starting model, computed once and kept with the run."""
         file = RunFolder(self.job.directory).reference
-        kept = self.ranks.tell(lambda: _kept(file))
+        kept = self.ranks.on_first(lambda: _kept(file))
         if kept is not None:
             return kept
         with self._as_reference():
@@ -146,7 +146,7 @@ class Scorer:
             os.replace(temporary, file)
 
         if found:
-            self.ranks.tell(keep)
+            self.ranks.on_first(keep)
         return found
 
     @contextmanager

@@ -132,7 +132,7 @@ class Trainer(Collector):
         done = {keys.STEPS: progress.step, keys.EPOCHS: math.ceil(progress.step / plan.steps_per_epoch)}
         done |= {keys.SECONDS: progress.seconds, keys.SKIPPED_STEPS: progress.skipped} | progress.costs
         done |= {keys.WARNINGS: self.watch.warnings} | ({keys.STOPPED: progress.enough} if progress.enough else {})
-        self.ranks.tell(lambda: self.folder.finish(done))
+        self.ranks.on_first(lambda: self.folder.finish(done))
 
     def _restored(self) -> checkpoints.Progress:
         """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
@@ -142,9 +142,9 @@ class Trainer(Collector):
             self._truncate_metrics(0)
             self._log({keys.STEP: 0, keys.EPOCH: 0.0} | self._measure())
         else:
-            self.ranks.tell(lambda: self._check_metrics(progress))
+            self.ranks.on_first(lambda: self._check_metrics(progress))
             self._truncate_metrics(progress.metrics_bytes)
-            for row in self.ranks.tell(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines()):
+            for row in self.ranks.on_first(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines()):
                 self.watch.read(json.loads(row))
             if self.objective is not None:
                 self.objective.load_state_dict(progress.schedule["objective"])
