@@ -108,9 +108,9 @@ def rank(folder: Path, steps: int) -> None:
         for step in range(steps + 1):
             ranks.wait()
             start, cpu, before = time.perf_counter(), time.process_time(), waiting.seconds
-            taken = made._step(step)
+            taken = made.step(step)
             speed.lap()
-            made._line(taken, signals, speed)  # as where every step is logged
+            made.line(taken, signals, speed)  # as where every step is logged
             rows.append((time.perf_counter() - start, time.process_time() - cpu, waiting.seconds - before))
         found[kind] = ranks.gather(rows[1:])  # the first one warms up
     if ranks.first:

@@ -158,13 +158,13 @@ def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, 
     settings = ModelConfig(None, {}, gradient_checkpointing=which.endswith("_recompute"))
     model = prepare(common.mistral(size), settings, torch.device("cpu"))
     trainer = Trainer(job, model, tok, torch.device("cpu"), False)
-    trainer.reference = trainer._reference()
+    trainer.scorer.load_reference()
     speed, signals, done = Speed(), Signals(trainer.ranks, []), iter(range(10_000))
 
     def run() -> None:
-        taken = trainer._step(next(done))
+        taken = trainer.step(next(done))
         speed.lap()
-        trainer._line(taken, signals, speed)
+        trainer.line(taken, signals, speed)
 
     return run
 

@@ -62,4 +62,4 @@ def line(trainer, taken):
     """The figures of a step, as they are logged."""
     speed = Speed()
     speed.lap()
-    return trainer._line(taken, Signals(trainer.ranks, []), speed)[0]
+    return trainer.line(taken, Signals(trainer.ranks, []), speed)[0]

@@ -88,17 +88,17 @@ def test_adapters_are_trained_and_the_weights_are_not(method, tok, tmp_path):
 @pytest.mark.parametrize("method", ["ogd", "dpo", "alright"])
 def test_a_stopped_run_goes_on_bit_for_bit(method, tok, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", tok, method)
-    step = Trainer._step
+    step = Trainer.step
 
     def interrupted(self, k):
         if k == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, k)
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(Stopped):
         run(tmp_path / "cut", tok, method)
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     cut = run(tmp_path / "cut", tok, method)
     assert torch.equal(small.vector(cut), small.vector(whole))
     drop = lambda folder: [  # noqa: E731
@@ -164,9 +164,9 @@ def test_dropout_is_for_gradients_alone(tok, tmp_path):
     job = Job(tmp_path, "dpo", "dpo", "dpo", small.stage(), small.preferences(tok), small.preferences(tok, seed=5), beta=0.1)
     trainer = Trainer(job, model, tok, CPU, False)
     rows = small.preferences(tok, seed=5)
-    found = trainer._logps(rows.winners + rows.losers)[0]
-    assert torch.equal(found, scores(model, tok)) and torch.equal(found, trainer._logps(rows.winners + rows.losers)[0])
-    trainer._logps(rows.winners)
+    found = trainer.scorer.logps(rows.winners + rows.losers)[0]
+    assert torch.equal(found, scores(model, tok)) and torch.equal(found, trainer.scorer.logps(rows.winners + rows.losers)[0])
+    trainer.scorer.logps(rows.winners)
     assert not torch.equal(completion_logps(model, *batch(tok)).logp, found)
 
 

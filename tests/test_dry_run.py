@@ -208,7 +208,7 @@ def test_learning_rates_are_those_of_the_run(tok, tmp_path):
     stage = small.stage(lr_scheduler_type="cosine", warmup_ratio=0.4)
     job = Job(tmp_path, "sft", "sft", "sft", stage, small.preferences(tok), None)
     trainer = Trainer(job, small.model(tok), tok, torch.device("cpu"), False)
-    taken = {k + 1: trainer._step(k).learning_rate for k in range(job.plan.steps)}
+    taken = {k + 1: trainer.step(k).learning_rate for k in range(job.plan.steps)}
     shown = dict(dry_run.rates(stage, job.plan.steps))
     assert {1, stage.warmup(job.plan.steps) + 1, job.plan.steps} <= shown.keys()
     assert shown == {step: taken[step] for step in shown}

@@ -13,6 +13,7 @@ from ogdopt_harness.data.examples import Preferences, collate, order
 from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.pipeline.stages import SeedStudy
+from ogdopt_harness.training.gradients import GradientSource
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.meter import Meter
 from ogdopt_harness.training.methods import runs
@@ -30,13 +31,13 @@ def tok(tmp_path_factory):
 def steps(monkeypatch):
     """What was trained on, step by step: (stream, rows)."""
     found = []
-    collect = Trainer._collect_stream
+    collect = GradientSource._collect_stream
 
     def noted(self, name, indices, *args):
         found.append((name, indices))
         return collect(self, name, indices, *args)
 
-    monkeypatch.setattr(Trainer, "_collect_stream", noted)
+    monkeypatch.setattr(GradientSource, "_collect_stream", noted)
     return found
 
 
@@ -77,8 +78,8 @@ def test_the_first_step_of_mix_is_the_weighted_gradient(tok, tmp_path):
     model, expected = small.model(tok), small.model(tok)
     task = job(tmp_path, tok, "mix", joint={"batch_size": 6}, per_device_train_batch_size=2, **options)
     trainer = Trainer(task, model, tok, torch.device("cpu"), False)
-    trainer.reference = trainer._reference()
-    batches = {name: plan.rows(0)[0] for name, plan in trainer.streams.items()}
+    trainer.scorer.load_reference()
+    batches = {name: plan.rows(0)[0] for name, plan in trainer.source.streams.items()}
     assert {name: len(rows) for name, rows in batches.items()} == {"preference": 4, "sft": 6}
 
     def scored(examples, indices):
@@ -90,7 +91,7 @@ def test_the_first_step_of_mix_is_the_weighted_gradient(tok, tmp_path):
     f_sft = -scored(task.joint.supervised, batches["sft"]).logp.mean()
     (0.7 * f_dpo + 0.3 * f_sft).backward()
     step = torch.cat([p.grad.flatten() for p in expected.parameters()])
-    line = small.line(trainer, trainer._step(0))
+    line = small.line(trainer, trainer.step(0))
     torch.testing.assert_close(small.vector(expected) - small.vector(model), step, rtol=1e-4, atol=1e-5)
     assert line["objective/preference"] == pytest.approx(f_dpo.item(), rel=1e-5)
     assert line["objective/sft"] == pytest.approx(f_sft.item(), rel=1e-5)

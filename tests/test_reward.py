@@ -59,9 +59,11 @@ def test_a_reward_is_the_head_on_the_last_token(tok, start, tmp_path):
     """Of each sequence by itself, unpadded: padding and the prompt's length change nothing."""
     task = trainer(tmp_path, start, tok)
     rows = small.preferences(tok)
-    scores = task._score(rows.winners, on_prompt=True)
+    scores = task.scorer.score(rows.winners, on_prompt=True)
     sequences = [torch.tensor([row.prompt_ids + row.completion_ids]) for row in rows.winners]
-    expected = torch.cat([task.model.score(task.model.model(ids).last_hidden_state[:, -1])[:, 0] for ids in sequences])
+    expected = torch.cat(
+        [task.scorer.model.score(task.scorer.model.model(ids).last_hidden_state[:, -1])[:, 0] for ids in sequences]
+    )
     torch.testing.assert_close(scores.logp, expected, rtol=1e-5, atol=1e-6)
     assert ((scores.logps != 0).sum(1) == 1).all()
     assert scores.length.tolist() == [len(row.completion_ids) for row in rows.winners]
@@ -78,11 +80,11 @@ def test_the_first_step_descends_the_bradley_terry_loss(tok, start, tmp_path):
     loss = torch.nn.functional.softplus(rewards[1] - rewards[0]).mean()
     loss.backward()
     torch.optim.SGD(expected.parameters(), lr=1e-3).step()
-    line = small.line(task, task._step(0))
+    line = small.line(task, task.step(0))
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["rewards/chosen"] == pytest.approx(rewards[0].mean().item(), rel=1e-4, abs=1e-6)
     assert line["rewards/margins"] == pytest.approx((rewards[0] - rewards[1]).mean().item(), rel=1e-3, abs=1e-6)
-    torch.testing.assert_close(small.vector(task.model), small.vector(expected), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(small.vector(task.scorer.model), small.vector(expected), rtol=1e-5, atol=1e-7)
 
 
 def test_it_learns_goes_on_where_it_was_stopped_and_is_kept(tok, start, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def peak(tok, folder, optimizer, **changes):
     shape = small.ARCHITECTURE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12}
     model = build_model(dataclasses.replace(small.MODEL, architecture=shape), tok, 0)
     trainer = Trainer(job(folder, tok, optimizer=optimizer, **changes), model, tok, torch.device("cpu"), False)
-    trainer._step(0)  # makes the state
+    trainer.step(0)  # makes the state
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     base = trainer.optimizer.base

@@ -22,7 +22,7 @@ from ogdopt_harness.pipeline.stages import SeedStudy
 from ogdopt_harness.reporting.stability import TITLE
 from ogdopt_harness.studies import three_d
 from ogdopt_harness.studies.three_d import REMEDIES, SCENARIOS, A, at, drawn, fresh, log_probabilities, start, tune
-from ogdopt_harness.training.measures import unseen_mass
+from ogdopt_harness.training.scoring import unseen_mass
 from ogdopt_harness.training.trainer import Trainer
 from tests import small
 from tests.test_report import QUICK, write_report, write_study

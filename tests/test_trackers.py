@@ -75,17 +75,17 @@ def test_they_hear_every_line(tok, tmp_path, heard):
 
 
 def test_a_run_that_goes_on_begins_at_its_step(tok, tmp_path, heard, monkeypatch):
-    step = Trainer._step
+    step = Trainer.step
 
     def stopping(self, at):
         if at == 4:
             raise Stopped("killed", 9)
         return step(self, at)
 
-    monkeypatch.setattr(Trainer, "_step", stopping)
+    monkeypatch.setattr(Trainer, "step", stopping)
     with pytest.raises(Stopped):
         trained(tmp_path, tok, save_steps=2).run()
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     trained(tmp_path, tok, save_steps=2).run()
     first, second = heard
     assert first.finished and [s for s, _ in first.lines] == [0, 1, 2, 3, 4]

@@ -13,6 +13,7 @@ from ogdopt.losses import LOSSES, Pairs
 from ogdopt_harness.data.examples import Preferences, collate
 from ogdopt_harness.modeling.score import completion_logps
 from ogdopt_harness.modeling.shard import prepare
+from ogdopt_harness.training.gradients import GradientSource
 from ogdopt_harness.training.job import Job, Plan
 from ogdopt_harness.training.joint import Joint
 from ogdopt_harness.training.methods import METHODS, runs
@@ -61,7 +62,7 @@ def test_padding_and_speed_are_those_of_the_step(tok, tmp_path, monkeypatch):
         lengths = sorted((len(e.prompt_ids) + len(e.completion_ids) for e in side), reverse=True)
         tokens, places = tokens + sum(lengths), places + 2 * (lengths[0] + lengths[2])
     monkeypatch.setattr("ogdopt_harness.training.progress.Speed.seconds_a_step", lambda self: 0.5)
-    line = small.line(trainer, trainer._step(0))
+    line = small.line(trainer, trainer.step(0))
     assert 0 < line["padding"] == pytest.approx(1 - tokens / places) and line["tokens_per_second"] == tokens / 0.5
 
 
@@ -80,7 +81,7 @@ def test_the_first_ogd_step_is_definition_4_1(tok, tmp_path):
     for p, u in zip(expected.parameters(), reference(list(w), list(x), max_norm=10.0)):
         p.grad = u.to(p.dtype)
     base.step()
-    line = small.line(trainer, trainer._step(0))
+    line = small.line(trainer, trainer.step(0))
     torch.testing.assert_close(small.vector(model), small.vector(expected), rtol=1e-4, atol=1e-5)
     assert line["ogd/projected_fraction"] <= 1 and line["logps/chosen"] < 0 and line["learning_rate"] == 1e-3
 
@@ -103,8 +104,9 @@ def test_the_first_step_of_a_pairwise_method_descends_its_loss(method, tok, tmp_
     loss.backward()
     torch.optim.SGD(expected.parameters(), lr=1e-3).step()
     shifts = {"train_chosen": 0.5, "train_rejected": 1.0}  # a reference apart from the policy
-    trainer.reference = {name: value + shifts.get(name, 0.0) for name, value in trainer._reference().items()}
-    line = small.line(trainer, trainer._step(0))
+    trainer.scorer.load_reference()
+    trainer.scorer.reference = {name: value + shifts.get(name, 0.0) for name, value in trainer.scorer.reference.items()}
+    line = small.line(trainer, trainer.step(0))
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert not torch.equal(small.vector(model), small.vector(small.model(tok)))
     torch.testing.assert_close(small.vector(model), small.vector(expected), rtol=1e-4, atol=1e-6)
@@ -130,18 +132,18 @@ def test_same_seed_same_run(method, tok, tmp_path):
 def test_a_stopped_run_goes_on_bit_for_bit(method, tok, tmp_path, monkeypatch):
     """SIGTERM in the middle of an epoch saves and raises Stopped; the continued run equals an undisturbed one."""
     whole = run(tmp_path / "whole", tok, method)
-    step = Trainer._step
+    step = Trainer.step
 
     def interrupted(self, k):
         if k == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, k)
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(Stopped, match="saved at step 4 of 6"):
         run(tmp_path / "cut", tok, method)
     assert not (tmp_path / "cut" / "complete.json").exists()
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     cut = run(tmp_path / "cut", tok, method, seed=99)
     assert torch.equal(small.vector(cut), small.vector(whole))
     drop = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]  # noqa: E731
@@ -151,18 +153,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, tok, tmp_path, monkeypatch):
 def test_a_killed_run_takes_the_lost_steps_again(tok, tmp_path, monkeypatch):
     """What was logged behind the last checkpoint is forgotten with the steps themselves."""
     whole = run(tmp_path / "whole", tok)
-    step = Trainer._step
+    step = Trainer.step
 
     def killed(self, k):
         if k == 5:
             raise MemoryError
         return step(self, k)
 
-    monkeypatch.setattr(Trainer, "_step", killed)
+    monkeypatch.setattr(Trainer, "step", killed)
     with pytest.raises(MemoryError):
         run(tmp_path / "cut", tok)
     assert lines(tmp_path / "cut")[-1]["step"] == 5
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert torch.equal(small.vector(run(tmp_path / "cut", tok)), small.vector(whole))
     assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(7))
 
@@ -236,15 +238,16 @@ def test_unpaired_rows_train_ogd_and_refuse_dpo(tok, tmp_path):
 
 
 def test_a_row_that_is_not_finite_is_skipped_counted_and_logged(tok, tmp_path, monkeypatch):
-    poison = Trainer._collect_side
+    poison, calls = GradientSource._collect_side, []
 
     def poisoned(self, side, *args):
         logps = poison(self, side, *args)
-        if self.scheduler.last_epoch == 2:
+        calls.append(side)
+        if (len(calls) + 1) // 2 == 3:  # the third step's two sides
             next(iter(getattr(self.optimizer._parts.sides, side).values())).fill_(float("nan"))
         return logps
 
-    monkeypatch.setattr(Trainer, "_collect_side", poisoned)
+    monkeypatch.setattr(GradientSource, "_collect_side", poisoned)
     run(tmp_path, tok)
     assert json.loads((tmp_path / "complete.json").read_text())["skipped_steps"] == 1
     assert [line["step"] for line in lines(tmp_path) if line.get("skipped")] == [3]
@@ -266,7 +269,7 @@ def test_a_fused_run_and_one_with_a_rounded_loser_end_where_others_do(tok, tmp_p
         task = job(tmp_path / "".join(options), tok, num_train_epochs=3, **options)
         trainer = Trainer(task, prepare(small.model(tok), small.MODEL, CPU), tok, CPU, False)
         trainer.run()
-        found = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        found = torch.cat([p.detach().flatten() for p in trainer.scorer.model.parameters()])
         assert 0 < (found - plain).norm() < near * (plain - start).norm(), options
         assert trainer.optimizer.unfused == "" and trainer.optimizer.fused == ("fused" in options)
 

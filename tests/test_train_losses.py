@@ -37,9 +37,10 @@ def trainer(folder, tok, method, data=None, model=None, job=None, **changes):
     data = data or small.preferences(tok)
     made = Job(folder, method, method, method, small.stage(**(SGD | changes)), data, small.preferences(tok, seed=5), 0.5, 1)
     found = Trainer(dataclasses.replace(made, **(job or {})), model or small.model(tok), tok, CPU, False)
-    found.reference = {name: value - 0.5 * (1 + len(name) % 2) for name, value in found._reference().items()}
-    if found.sparse is not None:
-        found.sparse.reference = found.reference["train_tokens"]
+    found.scorer.load_reference()
+    found.scorer.reference = {name: x - 0.5 * (1 + len(name) % 2) for name, x in found.scorer.reference.items()}
+    if found.scorer.sparse is not None:
+        found.scorer.sparse.reference = found.scorer.reference["train_tokens"]
     return found
 
 
@@ -55,14 +56,14 @@ def parts(made, tok, model):
     """The first batch's pairs, their reference included, and its rows' numbers."""
     rows = made.plan.rows(0)[0]
     sides = [scored(model, tok, [side[i] for i in rows]) for side in (made.job.data.winners, made.job.data.losers)]
-    return Pairs(*sides, *(made.reference[f"train_{side}"][rows] for side in ("chosen", "rejected"))), rows
+    return Pairs(*sides, *(made.scorer.reference[f"train_{side}"][rows] for side in ("chosen", "rejected"))), rows
 
 
 def moved(made, tok, lr=1e-3):
     """What one step of SGD changed, over the learning rate."""
-    before = small.vector(made.model)
-    line = small.line(made, made._step(0))
-    return (before - small.vector(made.model)) / lr, line
+    before = small.vector(made.scorer.model)
+    line = small.line(made, made.step(0))
+    return (before - small.vector(made.scorer.model)) / lr, line
 
 
 def flat(grads):
@@ -117,7 +118,7 @@ def test_the_first_step_of_sparse_descends_its_loss_in_model_and_significance(ki
     made.shifts = [0.5 * (1 + len("train_tokens") % 2)] * 2
     model = small.model(tok)
     rows = made.plan.rows(0)[0]
-    head = [p.detach().clone().requires_grad_() for p in made.sparse.significance.parameters()]
+    head = [p.detach().clone().requires_grad_() for p in made.scorer.sparse.significance.parameters()]
     w = []
     for k, side in enumerate((made.job.data.winners, made.job.data.losers)):
         states: list = []
@@ -126,14 +127,14 @@ def test_the_first_step_of_sparse_descends_its_loss_in_model_and_significance(ki
         if kind == "hidden":
             values = (states[0] @ head[0].T + head[1]).squeeze(-1)
         else:
-            ends = made.sparse.ends
+            ends = made.scorer.sparse.ends
             values = torch.cat([head[0][ends[k * 12 + i] : ends[k * 12 + i + 1]] for i in rows])
         w.append(torch.zeros(mask.shape).masked_scatter(mask, values))
     loss = sparse_expected(made, tok, model, rows, tuple(w))
     slopes = torch.autograd.grad(loss, [*model.parameters(), *head])
     change, line = moved(made, tok)
     torch.testing.assert_close(change, flat(slopes[: -len(head)]), rtol=1e-3, atol=1e-4)
-    for p, before, slope in zip(made.sparse.significance.parameters(), head, slopes[-len(head) :]):
+    for p, before, slope in zip(made.scorer.sparse.significance.parameters(), head, slopes[-len(head) :]):
         torch.testing.assert_close((before - p) / 1e-3, slope, rtol=1e-3, atol=1e-4)
         assert slope.abs().max() > 0
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -157,14 +158,14 @@ def test_the_first_step_of_kto_descends_its_loss_of_pairs_or_not(paired, tok, tm
     """The divergence is the mean log-ratio of mismatched answers, the same for all micro-batches."""
     options = {"loss_args": {"undesirable_weight": 2.0}}
     made = trainer(tmp_path, tok, "kto", data=small.preferences(tok, paired=paired), job=options)
-    made.reference["train_mismatched"] -= 3.0
+    made.scorer.reference["train_mismatched"] -= 3.0
     model, data = small.model(tok), made.job.data
     rows = made.plan.rows(0)
     assert (rows[0] == rows[1]) == paired
     others = [*data.winners, *data.losers]
     places = [*rows[0], *(len(data.winners) + i for i in rows[1])]
     crossed = [Example(others[k].prompt_ids, others[(k + 1) % len(others)].completion_ids) for k in places]
-    z = (scored(model, tok, crossed).logp.detach() - made.reference["train_mismatched"][places]).mean().clamp(min=0)
+    z = (scored(model, tok, crossed).logp.detach() - made.scorer.reference["train_mismatched"][places]).mean().clamp(min=0)
     assert z > 1
     loss = 0
     for wanted, side, name, indices in (
@@ -172,7 +173,7 @@ def test_the_first_step_of_kto_descends_its_loss_of_pairs_or_not(paired, tok, tm
         (False, data.losers, "rejected", rows[1]),
     ):
         completion = scored(model, tok, [side[i] for i in indices])
-        ref = made.reference[f"train_{name}"][indices]
+        ref = made.scorer.reference[f"train_{name}"][indices]
         each = kto_unpaired(completion, ref, torch.full((4,), wanted), beta=0.5, undesirable_weight=2.0, z_ref=z)
         loss = loss + each.mean()
     expected = flat(gradients(model, loss))
@@ -239,7 +240,7 @@ def test_two_gradients_speak_at_every_step(method, tok, tmp_path):
     model = small.model(tok)
     pairs, _ = parts(made, tok, model) if METHODS[method].reference else (parts_without_reference(made, tok, model), 0)
     ws, ls = (gradients(model, c.logp.mean()) for c in pairs[:2])
-    line = small.line(made, made._step(0))
+    line = small.line(made, made.step(0))
     assert {f"entanglement/{name}" for name in NAMES} <= set(line)
     if method != "npo_pair":
         expected = entanglement(gram(ws, ls))
@@ -255,8 +256,8 @@ def test_one_gradient_is_probed_now_and_then(method, tok, tmp_path):
     pairs, _ = parts(made, tok, model) if METHODS[method].reference else (parts_without_reference(made, tok, model), 0)
     numbers = gram(*(gradients(model, c.logp.mean()) for c in pairs[:2]))
     before = [c.logp.mean().item() for c in pairs[:2]]
-    line = small.line(made, made._step(0))
-    after = [c.logp.mean().item() for c in parts_without_reference(made, tok, made.model)[:2]]
+    line = small.line(made, made.step(0))
+    after = [c.logp.mean().item() for c in parts_without_reference(made, tok, made.scorer.model)[:2]]
     for name, x, y in zip(("chosen", "rejected"), before, after):
         assert line[f"entanglement/realised_{name}"] == pytest.approx(y - x, abs=2e-5)
         assert line[f"entanglement/predicted_{name}"] == pytest.approx(line[f"entanglement/realised_{name}"], rel=0.1, abs=2e-5)
@@ -267,7 +268,7 @@ def test_one_gradient_is_probed_now_and_then(method, tok, tmp_path):
         expected = entanglement(numbers, d_w, d_l)
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert ("entanglement/case" in line) == (method != "sparse") and "entanglement/layer/0" in line
-    assert not any(name.startswith("entanglement/") for name in small.line(made, made._step(1)))
+    assert not any(name.startswith("entanglement/") for name in small.line(made, made.step(1)))
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

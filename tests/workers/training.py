@@ -28,8 +28,9 @@ from ogdopt_harness.modeling.export import export
 from ogdopt_harness.modeling.shard import prepare
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.methods import METHODS
-from ogdopt_harness.training.progress import Signals, Stopped, Taken
+from ogdopt_harness.training.progress import Signals, Stopped
 from ogdopt_harness.training.reward import RewardTrainer, load_reward_model
+from ogdopt_harness.training.step_record import StepRecord
 from ogdopt_harness.training.trainer import Trainer
 from tests import limits, small
 from tests.test_train import job
@@ -82,35 +83,35 @@ def start(folder, tok, kind, seed):
 def run(folder, tok, what, method, ranks=ALONE, stop=None, **options):
     """Train to the end, or until SIGTERM comes to the last rank in step `stop`; the parameters and the lines."""
     found = trainer(folder, tok, what, method, ranks, **options)
-    step = found._step
+    step = found.step
 
     def interrupted(k):
         if k == stop and ranks.rank == ranks.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(k)
 
-    found._step = interrupted
+    found.step = interrupted
     try:
         found.run()
     except Stopped as stopped:
         assert stop is not None and stopped.signal == signal.SIGTERM, stopped
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"parameters": vector(found.model).tolist(), "lines": lines}
+    return {"parameters": vector(found.scorer.model).tolist(), "lines": lines}
 
 
 def counted(folder, tok, method, ranks):
     """Messages and reads of a step, and of logging one."""
     made = trainer(folder, tok, "plain", method, ranks)
-    made.reference = made._reference()
-    made._step(0)
+    made.scorer.load_reference()
+    made.step(0)
     with Watch() as scoring:
-        made._logps(small.preferences(tok, n=4).winners)  # what the model's own forward asks
+        made.scorer.logps(small.preferences(tok, n=4).winners)  # what the model's own forward asks
     with Watch() as step:
-        taken = made._step(1)
+        taken = made.step(1)
     with Watch() as logging:
         small.line(made, taken)
     with Watch() as measured:
-        made._step(2)
+        made.step(2)
     signals = Signals(ranks, [])
     signals.look()
     with Watch() as between:
@@ -123,25 +124,29 @@ def counted(folder, tok, method, ranks):
 def spoiled(folder, tok, method, ranks):
     """A step whose loss is not a number on the last rank alone."""
     made = trainer(folder, tok, "plain", method, ranks)
-    made.reference = made._reference()
-    before, score = vector(made.model), made._score
+    made.scorer.load_reference()
+    before, score = vector(made.scorer.model), made.scorer.score
 
     def bad(*args, **named):
         found = score(*args, **named)
         factor = float("nan") if ranks.rank == ranks.size - 1 else 1.0
         return found._replace(logps=found.logps * factor)
 
-    made._score = bad
-    line = small.line(made, made._step(0))
-    return {"still": torch.equal(before, vector(made.model)), "skipped": line["skipped"], "count": made.optimizer.skipped_steps}
+    made.scorer.score = bad
+    line = small.line(made, made.step(0))
+    return {
+        "still": torch.equal(before, vector(made.scorer.model)),
+        "skipped": line["skipped"],
+        "count": made.optimizer.skipped_steps,
+    }
 
 
 def differing(folder, tok, method, ranks):
     """Methods that mix pair by pair, where every process comes with another pair."""
     made = trainer(folder, tok, "plain", method, ranks)
-    made.reference = made._reference()
+    made.scorer.load_reference()
     try:
-        made._collect_each_pair([ranks.rank], Taken())
+        made.source._collect_each_pair([ranks.rank], StepRecord())
     except RuntimeError as error:
         return {"error": str(error)}
 

@@ -44,7 +44,7 @@ def prepare(
     shared = ranks.size > 1 or (bf16 and device.type == "cuda")
     if not shared:
         trained = trained.to(device)
-    bare(trained).__dict__["_scored_by_head"] = ranks.tell(lambda: _looked_at(trained))  # the others have outlines alone
+    bare(trained).__dict__["_scored_by_head"] = ranks.on_first(lambda: _looked_at(trained))  # the others have outlines alone
     if shared:
         shard(trained, device, ranks, bf16)
     trained = trained.to(device)

@@ -16,7 +16,7 @@ from ogdopt_harness.modeling.pretrained import load_pretrained
 from ogdopt_harness.training.job import Job
 
 if TYPE_CHECKING:
-    from ogdopt_harness.training.trainer import Trainer
+    from ogdopt_harness.training.scoring import Scorer
 
 ROWS = 4
 EXACT, ROUNDED = 1e-3, 0.1  # nats a token, by which sums of log-probabilities may differ in float32, and in bfloat16
@@ -31,20 +31,20 @@ def sampled(job: Job) -> list[Example]:
     return [row for side in sides for row in sorted(side, key=size)[: ROWS // len(sides)]]
 
 
-def check_export(trainer: Trainer, folder: Path) -> None:
+def check_export(scorer: Scorer, folder: Path) -> None:
     """Score rows with the model in training and from its folder. Every process calls it.
 
     Raises ValueError, with the folder set aside under another name, where they differ by more than rounding.
     """
-    rows = sampled(trainer.job)
-    expected, lengths = trainer._logps(rows)
-    trainer.ranks.tell(lambda: _compare(trainer, folder, rows, expected, lengths))
+    rows = sampled(scorer.job)
+    expected, lengths = scorer.logps(rows)
+    scorer.ranks.on_first(lambda: _compare(scorer, folder, rows, expected, lengths))
 
 
-def _compare(trainer: Trainer, folder: Path, rows: Sequence[Example], expected: torch.Tensor, lengths: torch.Tensor) -> None:
-    found = _scored(trainer, folder, rows)
-    exact = not isinstance(bare(trainer.model), FSDPModule) and trainer.device.type == "cpu"
-    exact = exact and next(trainer.model.parameters()).dtype == torch.float32
+def _compare(scorer: Scorer, folder: Path, rows: Sequence[Example], expected: torch.Tensor, lengths: torch.Tensor) -> None:
+    found = _scored(scorer, folder, rows)
+    exact = not isinstance(bare(scorer.model), FSDPModule) and scorer.device.type == "cpu"
+    exact = exact and next(scorer.model.parameters()).dtype == torch.float32
     allowed = (EXACT if exact else ROUNDED) * lengths + 1e-4 * expected.abs()
     wrong = (expected - found).abs() > allowed
     wrong |= expected.isfinite() != found.isfinite()  # what diverged in training has diverged in its folder too
@@ -60,16 +60,16 @@ def _compare(trainer: Trainer, folder: Path, rows: Sequence[Example], expected: 
     )
 
 
-def _scored(trainer: Trainer, folder: Path, rows: Sequence[Example]) -> torch.Tensor:
+def _scored(scorer: Scorer, folder: Path, rows: Sequence[Example]) -> torch.Tensor:
     """Log-probabilities of the rows from the folder, (N,), on the CPU; one row at a time in the first process alone."""
-    loaded: Any = load_pretrained(trainer.kind, folder, f"{folder}, just exported", dtype="auto")
-    device = trainer.device if trainer.ranks.size == 1 else torch.device("cpu")
+    loaded: Any = load_pretrained(scorer.kind, folder, f"{folder}, just exported", dtype="auto")
+    device = scorer.device if scorer.ranks.size == 1 else torch.device("cpu")
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * loaded.get_memory_footprint():
         device = torch.device("cpu")
-    trained = trainer.model, trainer.device
+    trained = scorer.model, scorer.device
     try:
-        trainer.model, trainer.device = loaded.to(device).eval(), device
+        scorer.model, scorer.device = loaded.to(device).eval(), device
         with torch.no_grad():
-            return torch.stack([trainer._score([row], False).logp.float().sum() for row in rows]).cpu()
+            return torch.stack([scorer.score([row], False).logp.float().sum() for row in rows]).cpu()
     finally:
-        trainer.model, trainer.device = trained
+        scorer.model, scorer.device = trained

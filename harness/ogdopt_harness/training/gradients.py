@@ -7,8 +7,8 @@ and their gradients one gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,23 +26,29 @@ from ogdopt_harness.common import keys
 from ogdopt_harness.data.examples import Example
 from ogdopt_harness.modeling.adapters import without_dropout
 from ogdopt_harness.training.job import Job
-from ogdopt_harness.training.progress import Taken
 from ogdopt_harness.training.scoring import EVAL_BETA, Scorer, dpo_of, pairs_of, rewards_of
+from ogdopt_harness.training.step_record import StepRecord
 
 
-class Collector(Scorer):
-    """Puts a batch's gradients into the optimizer, which a job's method and settings make."""
+class GradientSource:
+    """Puts a batch's gradients into the optimizer, which a job's method and settings make. A scorer runs the model."""
 
-    def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
-        super().__init__(job, *scorer, **named)
+    def __init__(self, job: Job, scorer: Scorer) -> None:
+        self.job, self.scorer = job, scorer
+        self.model, self.device, self.ranks, self.sparse = scorer.model, scorer.device, scorer.ranks, scorer.sparse
+        self.method = scorer.method
         self.trained: nn.Module = nn.ModuleList([self.model, self.sparse.significance]) if self.sparse else self.model
         """What checkpoints hold."""
         self.optimizer = self._optimizer()
         self.probing = False
         """Whether the present step is looked into."""
         self.streams = job.streams
-        self.taken = dict.fromkeys(self.streams, 0)
+        self.steps_of = dict.fromkeys(self.streams, 0)
         """Steps that each stream of a joint run has had."""
+        self.objective: Objective | None = None
+        """Says at each step of a joint run whose turn it is."""
+        if job.joint is not None and self.method.schedule is not None:
+            self.objective = job.joint.objective(self.method, job.plan.steps, job.seed)
 
     def _optimizer(self) -> PairedGradient:
         """The configured optimizer under the method's rule; raises ValueError where torch or the library refuses it."""
@@ -68,15 +74,49 @@ class Collector(Scorer):
                 f"{config.optimizer_args}: {error}"
             ) from error
 
-    def _collect_sides(self, winners: list[int], losers: list[int], taken: Taken, weight: float = 1.0) -> dict[str, Tensor]:
+    def collect(self, step: int, winners: list[int], losers: list[int], record: StepRecord) -> None:
+        """The gradients of a step's rows, into the optimizer; what the step logs of them, into the record."""
+        self.probing = self._probes(step)
+        if self.objective is not None:
+            record.known = self._collect_scheduled(self.objective, record)
+        elif self.method.per_pair:
+            record.each = self._collect_each_pair(winners, record)
+        elif self.method.loss == "kto":
+            self._collect(self._kto_losses(winners, losers, record), record)
+        elif self.method.loss != "nll":
+            self._collect(self._pair_losses(winners, record), record)
+        else:
+            logps = self._collect_sides(winners, losers, record)
+            if self.method.weight is not None:
+                whole = {side: self.ranks.sum(values) for side, values in logps.items()}
+                weight = self._weight(winners, whole, record, share=1 / self.ranks.size)
+                self.optimizer.rule = scaled(self.method.rule, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a schedule of objectives stands, in what JSON keeps; empty without one."""
+        return {} if self.objective is None else {"objective": self.objective.state_dict(), "taken": dict(self.steps_of)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a schedule stood."""
+        if self.objective is not None:
+            self.objective.load_state_dict(state["objective"])
+            self.steps_of = dict(state["taken"])
+
+    def watched(self, winners: list[int], losers: list[int]) -> AbstractContextManager[Probe | None]:
+        """A context for the optimizer's step: what it does to the mean log-probabilities of its batch, if this is watched."""
+        return self._probe(winners, losers) if self.probing else nullcontext()
+
+    def _collect_sides(
+        self, winners: list[int], losers: list[int], record: StepRecord, weight: float = 1.0
+    ) -> dict[str, Tensor]:
         """Each side's gradient, one side after the other; returns their log-probabilities, (N,) each."""
         rows = {"winner": (self.job.data.winners, winners), "loser": (self.job.data.losers, losers)}
         return {
-            side: self._collect_side(side, [rows[side][0][i] for i in rows[side][1]], taken, weight)
+            side: self._collect_side(side, [rows[side][0][i] for i in rows[side][1]], record, weight)
             for side in self.method.sides
         }
 
-    def _collect_side(self, side: str, examples: list[Example], taken: Taken, weight: float = 1.0) -> Tensor:
+    def _collect_side(self, side: str, examples: list[Example], record: StepRecord, weight: float = 1.0) -> Tensor:
         """All micro-batches of one side: the gradient of `weight` times the mean negative log-likelihood.
 
         Returns the log-probabilities of this process's examples in their places, (N,), and zeros.
@@ -84,18 +124,18 @@ class Collector(Scorer):
         name, n = {"winner": "chosen", "loser": "rejected"}[side], len(examples)
         found = torch.zeros(n, device=self.device)
         with getattr(self.optimizer, side)():
-            for micro in self._deal(examples, taken):
-                completion = self._score([examples[i] for i in micro.rows])
+            for micro in self.scorer.micro_batches(examples, record):
+                completion = self.scorer.score([examples[i] for i in micro.rows])
                 loss = weight * nll(completion, self.job.config.loss_reduction).sum() / n * micro.counts
                 (self.ranks.size * loss).backward()
                 if micro.counts:
                     found[micro.rows] = completion.logp.detach()
-                taken.add(**{keys.logps(name): completion.logp.sum() / n * micro.counts})
+                record.add(**{keys.logps(name): completion.logp.sum() / n * micro.counts})
                 if side == "winner":
-                    taken.add(**{keys.LOSS: loss})
+                    record.add(**{keys.LOSS: loss})
         return found
 
-    def _collect_each_pair(self, indices: list[int], taken: Taken) -> list[Gram]:
+    def _collect_each_pair(self, indices: list[int], record: StepRecord) -> list[Gram]:
         """The mean over pairs of each one's own mixture; returns their Gram numbers.
 
         Several processes share the memory of it, not the work: each runs every pair, and has its share in the sums.
@@ -105,16 +145,16 @@ class Collector(Scorer):
 
         def loss(side: str, i: int, seen: dict[str, Tensor]) -> Tensor:
             row = (data.winners if side == "winner" else data.losers)[i]
-            completion = self._score([row])
+            completion = self.scorer.score([row])
             value = nll(completion, self.job.config.loss_reduction).sum()
             seen[side] = completion.logp.detach()
             name = {"winner": "chosen", "loser": "rejected"}[side]
             if self.ranks.first:
                 tokens = len(row.prompt_ids) + len(row.completion_ids)
-                taken.tokens, taken.slots = taken.tokens + tokens, taken.slots + tokens
-            taken.add(**{keys.logps(name): seen[side].sum() * told})
+                record.tokens, record.slots = record.tokens + tokens, record.slots + tokens
+            record.add(**{keys.logps(name): seen[side].sum() * told})
             if side == "winner":
-                taken.add(**{keys.LOSS: value * told})
+                record.add(**{keys.LOSS: value * told})
             return value
 
         with self.optimizer.winner():
@@ -122,29 +162,29 @@ class Collector(Scorer):
                 seen: dict[str, Tensor] = {}
                 winner, loser = (partial(loss, side, i, seen) for side in ("winner", "loser"))
                 rule = lambda gram, i=i, seen=seen: scaled(  # noqa: E731
-                    self.method.rule, self._weight([i], seen, taken, told)
+                    self.method.rule, self._weight([i], seen, record, told)
                 )(gram)
                 found.append(add_pair(self.model.parameters(), winner, loser, rule, share))
         return found
 
-    def _weight(self, indices: list[int], logps: dict[str, Tensor], taken: Taken, share: float = 1.0) -> Tensor:
+    def _weight(self, indices: list[int], logps: dict[str, Tensor], record: StepRecord, share: float = 1.0) -> Tensor:
         """The mean weight that a loss gives to pairs with these log-probabilities, shape ()."""
         assert self.method.weight is not None
-        A, B = self._references(indices)
+        A, B = self.scorer.references(indices)
         d_w, _ = weights(LOSSES[self.method.weight], pairs_of(logps["winner"], logps["loser"], A, B), beta=self.job.beta)
-        taken.add(**{keys.WEIGHT: share * d_w.mean()})
+        record.add(**{keys.WEIGHT: share * d_w.mean()})
         return d_w.mean().double()
 
-    def _collect_scheduled(self, objective: Objective, taken: Taken) -> dict[str, float]:
+    def _collect_scheduled(self, objective: Objective, record: StepRecord) -> dict[str, float]:
         """All micro-batches of the streams whose step this is; returns what the schedule goes by.
 
         Both streams' next rows are fixed before the choice, and a stream that has no step keeps them for its next one.
         """
-        rows = {name: self.streams[name].rows(self.taken[name])[0] for name in objective.active}
+        rows = {name: self.streams[name].rows(self.steps_of[name])[0] for name in objective.active}
         known: dict[str, float] = {}
         if isinstance(objective, MixedObjective):
             weights = objective.weights
-            objective({name: partial(self._collect_stream, name, rows[name], taken, weights[name]) for name in rows})
+            objective({name: partial(self._collect_stream, name, rows[name], record, weights[name]) for name in rows})
             used = list(rows)
         else:
             assert isinstance(objective, OneAtATime)
@@ -152,35 +192,35 @@ class Collector(Scorer):
 
             def evaluate(name: str) -> Tensor:
                 seen.append(name)
-                return self.ranks.size * torch.stack(list(self._losses(name, rows[name], Taken()))).sum()
+                return self.ranks.size * torch.stack(list(self._losses(name, rows[name], StepRecord()))).sum()
 
             name = objective.choose({name: partial(evaluate, name) for name in rows})
             if isinstance(objective, MaxGapObjective):  # which takes the mean over processes
                 known = {keys.objective(n): objective.losses[n] for n in seen if n != name}
             known |= {keys.gap(n): gap for n, gap in objective.gaps.items()}
             known[keys.PREFERENCE_STEP] = float(name == keys.PREFERENCE)
-            objective.observe(name, self.ranks.size * self._collect_stream(name, rows[name], taken))
+            objective.observe(name, self.ranks.size * self._collect_stream(name, rows[name], record))
             used = [name]
         for name in used:
-            self.taken[name] += 1
-        return known | {keys.epochs_of(name): n / self.streams[name].steps_per_epoch for name, n in self.taken.items()}
+            self.steps_of[name] += 1
+        return known | {keys.epochs_of(name): n / self.streams[name].steps_per_epoch for name, n in self.steps_of.items()}
 
-    def _collect_stream(self, name: str, indices: list[int], taken: Taken, weight: float = 1.0) -> Tensor:
+    def _collect_stream(self, name: str, indices: list[int], record: StepRecord, weight: float = 1.0) -> Tensor:
         """The gradient of one stream's batch; returns this process's share of its objective, whatever the gradient is of."""
         if name == keys.PREFERENCE and self.method.loss == "nll":
-            logps = {side: self.ranks.sum(x) for side, x in self._collect_sides(indices, indices, taken, weight).items()}
-            A, B = self._references(indices)
+            logps = {side: self.ranks.sum(x) for side, x in self._collect_sides(indices, indices, record, weight).items()}
+            A, B = self.scorer.references(indices)
             beta = self.job.beta or EVAL_BETA
             loss = dpo_of(logps["winner"], logps["loser"], A, B, beta).mean() / self.ranks.size
         else:
-            loss = self._collect(self._losses(name, indices, taken), taken, weight)
-        taken.add(**{keys.objective(name): loss})
+            loss = self._collect(self._losses(name, indices, record), record, weight)
+        record.add(**{keys.objective(name): loss})
         return loss
 
-    def _losses(self, name: str, indices: list[int], taken: Taken) -> Iterator[Tensor]:
-        return (self._pair_losses if name == keys.PREFERENCE else self._supervised_losses)(indices, taken)
+    def _losses(self, name: str, indices: list[int], record: StepRecord) -> Iterator[Tensor]:
+        return (self._pair_losses if name == keys.PREFERENCE else self._supervised_losses)(indices, record)
 
-    def _collect(self, losses: Iterable[Tensor], taken: Taken, weight: float = 1.0) -> Tensor:
+    def _collect(self, losses: Iterable[Tensor], record: StepRecord, weight: float = 1.0) -> Tensor:
         """The gradient of `weight` times the sum of micro-batches' losses, added to the chosen's; returns the sum.
 
         Gradients are averaged over the processes, and the batch's loss is the sum of theirs: hence the factor.
@@ -190,29 +230,29 @@ class Collector(Scorer):
             for loss in losses:
                 (self.ranks.size * weight * loss).backward()
                 found.append(loss.detach())
-                taken.add(**{keys.LOSS: weight * loss})
+                record.add(**{keys.LOSS: weight * loss})
         return torch.stack(found).sum()
 
-    def _supervised_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
+    def _supervised_losses(self, indices: list[int], record: StepRecord) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean negative log-likelihood of supervised rows."""
         assert self.job.joint is not None
         examples = [self.job.joint.supervised[i] for i in indices]
-        for micro in self._deal(examples, taken):
-            completion = self._score([examples[i] for i in micro.rows])
+        for micro in self.scorer.micro_batches(examples, record):
+            completion = self.scorer.score([examples[i] for i in micro.rows])
             yield nll(completion, self.job.config.loss_reduction).sum() / len(indices) * micro.counts
 
-    def _kto_losses(self, winners: list[int], losers: list[int], taken: Taken) -> Iterator[Tensor]:
+    def _kto_losses(self, winners: list[int], losers: list[int], record: StepRecord) -> Iterator[Tensor]:
         """Each micro-batch's share of the KTO loss: both sides' means, of pairs or not, with one divergence."""
         data, beta = self.job.data, self.job.beta or EVAL_BETA
         places = [*winners, *(len(data.winners) + i for i in losers)]
-        policy = self._logps([self.mismatched[k] for k in places])[0]
-        z_ref = (policy - self.reference["train_mismatched"][places]).mean().clamp(min=0).item()
-        taken.add(**{keys.KL: torch.tensor(z_ref / self.ranks.size, device=self.device)})
+        policy = self.scorer.logps([self.scorer.mismatched[k] for k in places])[0]
+        z_ref = (policy - self.scorer.reference["train_mismatched"][places]).mean().clamp(min=0).item()
+        record.add(**{keys.KL: torch.tensor(z_ref / self.ranks.size, device=self.device)})
         for name, rows, indices in (("chosen", data.winners, winners), ("rejected", data.losers, losers)):
             examples = [rows[i] for i in indices]
-            for micro in self._deal(examples, taken):
-                completion = self._score([examples[i] for i in micro.rows])
-                ref = self.reference[f"train_{name}"][[indices[i] for i in micro.rows]].to(self.device)
+            for micro in self.scorer.micro_batches(examples, record):
+                completion = self.scorer.score([examples[i] for i in micro.rows])
+                ref = self.scorer.reference[f"train_{name}"][[indices[i] for i in micro.rows]].to(self.device)
                 wanted = torch.full((len(micro.rows),), name == "chosen", device=self.device)
                 losses = kto_unpaired(completion, ref, wanted, beta=beta, z_ref=z_ref, **self.job.loss_args)
                 share = len(micro.rows) / len(indices) * micro.counts
@@ -221,40 +261,40 @@ class Collector(Scorer):
                         getattr(pairs, name), ref, wanted, beta=beta, z_ref=z_ref, **self.job.loss_args
                     )
                     d = weights(side, Pairs(completion, completion))[name == "rejected"]
-                    taken.add(**{keys.weight(name): d.mean() * share})
+                    record.add(**{keys.weight(name): d.mean() * share})
                 rewards = beta * (completion.logp - ref).mean()
-                taken.add(**{keys.logps(name): completion.logp.mean() * share, keys.reward(name): rewards * share})
+                record.add(**{keys.logps(name): completion.logp.mean() * share, keys.reward(name): rewards * share})
                 yield losses.sum() / len(indices) * micro.counts
 
-    def _pair_losses(self, indices: list[int], taken: Taken) -> Iterator[Tensor]:
+    def _pair_losses(self, indices: list[int], record: StepRecord) -> Iterator[Tensor]:
         """Each micro-batch's share of the mean preference loss."""
         data, beta = self.job.data, self.job.beta
         options = self.job.loss_args | ({} if beta is None else {"beta": beta})
         longer = [max(data.winners[i], data.losers[i], key=lambda e: len(e.completion_ids)) for i in indices]
-        for micro in self._deal(longer, taken, answers=2):
+        for micro in self.scorer.micro_batches(longer, record, answers=2):
             rows, states = [indices[i] for i in micro.rows], [] if self.sparse else None
-            both = self._score([data.winners[i] for i in rows] + [data.losers[i] for i in rows], states=states)
+            both = self.scorer.score([data.winners[i] for i in rows] + [data.losers[i] for i in rows], states=states)
             n = len(rows)
             chosen, rejected = Completion(both.logps[:n], both.mask[:n]), Completion(both.logps[n:], both.mask[n:])
             pairs = Pairs(chosen, rejected)
             if self.method.reference:
-                pairs = Pairs(chosen, rejected, *self._references(rows))
+                pairs = Pairs(chosen, rejected, *self.scorer.references(rows))
             share = n / len(indices) * micro.counts
-            taken.add(
+            record.add(
                 **{keys.logps(keys.CHOSEN): chosen.logp.mean() * share, keys.logps(keys.REJECTED): rejected.logp.mean() * share}
             )
             if self.method.reference and beta is not None:
                 ratios = pairs.log_ratios()
-                taken.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
+                record.add(**{k: v * share for k, v in rewards_of(ratios[0], ratios[1], beta).items()})
             if self.sparse is not None and states is not None:
                 losses, on = self.sparse.losses(chosen, rejected, states[0], rows, **options)
-                taken.add(**{name: value * share for name, value in on.items()})
+                record.add(**{name: value * share for name, value in on.items()})
             else:
                 entry = LOSSES["dpo" if self.method.schedule else self.method.loss]
                 losses = entry(pairs, **options)
                 if self.probing:
                     found = zip(keys.SIDES, weights(entry, pairs, **options))
-                    taken.add(**{keys.weight(side): d.mean() * share for side, d in found})
+                    record.add(**{keys.weight(side): d.mean() * share for side, d in found})
             yield losses.sum() / len(indices) * micro.counts
 
     def _probes(self, step: int) -> bool:
@@ -270,13 +310,13 @@ class Collector(Scorer):
         def mean(rows: list[Example], indices: list[int]) -> Iterator[Tensor]:
             examples = [rows[i] for i in indices]
             with without_dropout(self.model):
-                for micro in self._deal(examples, Taken()):
-                    logps = self._score([examples[i] for i in micro.rows]).logp
+                for micro in self.scorer.micro_batches(examples, StepRecord()):
+                    logps = self.scorer.score([examples[i] for i in micro.rows]).logp
                     yield size * logps.sum() / len(indices) * micro.counts  # processes' gradients are averaged
 
         data = self.job.data
         sides = partial(mean, data.winners, winners), partial(mean, data.losers, losers)
         with probe(self.trained.parameters(), *sides) as seen:
             yield seen
-        self._resharded()
+        self.scorer.reshard()
         seen.realised = tuple((self.ranks.sum(torch.tensor(seen.realised, device=self.device)) / size).tolist())

@@ -19,9 +19,9 @@ from ogdopt_harness.config.schema import ModelConfig
 from ogdopt_harness.data.examples import Example, collate
 from ogdopt_harness.modeling.build import attention_of
 from ogdopt_harness.modeling.pretrained import load_pretrained
-from ogdopt_harness.training.measures import sums_of
-from ogdopt_harness.training.progress import Signals, Speed, Taken
-from ogdopt_harness.training.scoring import rewards_of
+from ogdopt_harness.training.progress import Signals, Speed
+from ogdopt_harness.training.scoring import Scorer, rewards_of, sums_of
+from ogdopt_harness.training.step_record import StepRecord
 from ogdopt_harness.training.trainer import Trainer
 
 
@@ -36,12 +36,12 @@ def load_reward_model(config: ModelConfig, name_or_path: str | Path, pad_token_i
     return model
 
 
-class RewardTrainer(Trainer):
-    """Trains a reward model as `Trainer` trains a policy: the reward of a sequence stands at its last token."""
+class RewardScorer(Scorer):
+    """Scores by a reward model as `Scorer` does by a policy: the reward of a sequence stands at its last token."""
 
     kind = AutoModelForSequenceClassification
 
-    def _score(
+    def score(
         self, examples: Sequence[Example], on_prompt: bool | None = None, states: list[torch.Tensor] | None = None
     ) -> Completion:
         """Rewards as completions, (B, T - 1): the reward at the last scored token and 0 at the others, adding up to it."""
@@ -56,15 +56,21 @@ class RewardTrainer(Trainer):
     def _reference_logps(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
-        line, stop = super()._line(taken, signals, speed)
-        line |= {keys.reward(side): line.pop(keys.logps(side)) for side in keys.SIDES}
-        return line | {keys.MARGINS: line[keys.reward(keys.CHOSEN)] - line[keys.reward(keys.REJECTED)]}, stop
-
-    def _measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         held_out = self.job.held_out
         if held_out is None or not held_out.paired:
             return {}
-        a, b = (sums_of(self._scores(side))[0] for side in (held_out.winners, held_out.losers))
+        a, b = (sums_of(self.scores(side))[0] for side in (held_out.winners, held_out.losers))
         line = {keys.measured(name): value.item() for name, value in rewards_of(a, b, 1.0).items()}
         return line | {keys.EVAL_LOSS: -torch.nn.functional.logsigmoid(a - b).mean().item()}
+
+
+class RewardTrainer(Trainer):
+    """Trains a reward model as `Trainer` trains a policy, and logs rewards instead of log-probabilities."""
+
+    scorer_type = RewardScorer
+
+    def line(self, record: StepRecord, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
+        line, stop = super().line(record, signals, speed)
+        line |= {keys.reward(side): line.pop(keys.logps(side)) for side in keys.SIDES}
+        return line | {keys.MARGINS: line[keys.reward(keys.CHOSEN)] - line[keys.reward(keys.REJECTED)]}, stop

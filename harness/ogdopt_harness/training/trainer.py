@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from ogdopt import StepReport
-from ogdopt.diagnostics import Probe, entanglement
+from ogdopt.diagnostics import by_layer, entanglement
 from ogdopt.gram import Gram
-from ogdopt.objectives import Objective, SequentialObjective
-from ogdopt.projection import scaled
+from ogdopt.objectives import SequentialObjective
 from ogdopt.three_d import ThreeD, Thresholds
 from ogdopt_harness.common import keys
 from ogdopt_harness.common.files import DamagedError, digest
@@ -30,13 +31,15 @@ from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.common.run_folder import RunFolder
 from ogdopt_harness.config.schema import StageConfig
 from ogdopt_harness.modeling.export import export, model_card
-from ogdopt_harness.training import checkpoints, probing
+from ogdopt_harness.training import checkpoints
 from ogdopt_harness.training.exports import check_export
-from ogdopt_harness.training.gradients import Collector
+from ogdopt_harness.training.gradients import GradientSource
 from ogdopt_harness.training.job import Job
 from ogdopt_harness.training.meter import Meter, utilization
-from ogdopt_harness.training.progress import Bar, Signals, Speed, Stopped, Taken, stop_signals
+from ogdopt_harness.training.progress import Bar, Signals, Speed, Stopped, stop_signals
+from ogdopt_harness.training.scoring import Scorer
 from ogdopt_harness.training.skipped import Skipped
+from ogdopt_harness.training.step_record import StepRecord
 from ogdopt_harness.training.trackers import Trackers
 
 
@@ -57,22 +60,30 @@ def train(
     Trainer(job, model, tokenizer, device, bf16, reference, ranks).run()
 
 
-class Trainer(Collector):
-    """The state of one training run while it lasts."""
+class Trainer:
+    """One training run while it lasts: a scorer, a source of gradients, the loop, its log and its files."""
 
-    kind: Any = AutoModelForCausalLM
-    """What loads its exported folders."""
+    scorer_type = Scorer
 
-    def __init__(self, job: Job, *scorer: Any, **named: Any) -> None:
-        super().__init__(job, *scorer, **named)
+    def __init__(
+        self,
+        job: Job,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        device: torch.device,
+        bf16: bool = False,
+        reference: Callable[[], PreTrainedModel] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.job, self.device, self.ranks = job, device, ranks
+        self.scorer = self.scorer_type(job, model, tokenizer, device, bf16, reference, ranks)
+        self.source = GradientSource(job, self.scorer)
+        self.method, self.optimizer = self.scorer.method, self.source.optimizer
         self.plan = job.plan
         self.scheduler = schedule(job.config, self.optimizer, self.plan.steps)
         self.folder = RunFolder(job.directory)
         self.tensors: Gram | None = None
         """What the last step's two gradients were, tensor by tensor, where there were two."""
-        self.objective: Objective | None = None
-        if job.joint is not None and self.method.schedule is not None:
-            self.objective = job.joint.objective(self.method, self.plan.steps, job.seed)
         self.watch = ThreeD(Thresholds(**job.thresholds))
         run = "/".join(job.directory.parts[-2:])
         names = job.report_to if self.ranks.first else ()
@@ -83,12 +94,10 @@ class Trainer(Collector):
         job, plan = self.job, self.plan
         job.directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(job.seed + 1_000_003 * self.ranks.rank)
-        self.reference = self._reference()
-        if self.sparse is not None:
-            self.sparse.reference = self.reference["train_tokens"]
+        self.scorer.load_reference()
         progress = self._restored()
-        if self._exports(progress) and not self.ranks.tell(self._exported(progress).is_dir):
-            lines = self.ranks.tell(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines())
+        if self._exports(progress) and not self.ranks.on_first(self._exported(progress).is_dir):
+            lines = self.ranks.on_first(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines())
             self._export(progress, json.loads(lines[-1]))  # the run was stopped between its checkpoint and its model
         meter, speed = Meter(self.device), Speed()
         before = progress.skipped
@@ -98,19 +107,19 @@ class Trainer(Collector):
             signals = Signals(self.ranks, asked)
             while progress.step < plan.steps and not progress.enough:
                 with meter:
-                    taken = self._step(progress.step)
+                    record = self.step(progress.step)
                 progress.step += 1
                 progress.seconds += speed.lap()
                 epoch_ends, measured = self._epoch_ends(progress.step), self._measures(progress.step)
                 line: dict[str, float] = {}
                 if measured or progress.step % job.config.logging_steps == 0:
-                    line, stop = self._line(taken, signals, speed)
+                    line, stop = self.line(record, signals, speed)
                     bar.show(progress.step, line)
                 else:
                     stop = signals.look()
                     bar.advance(progress.step)
                 if measured:
-                    line |= self._measure() | self._layers()
+                    line |= self.scorer.measure() | self._layers()
                     progress.enough = self._enough(line)
                     epoch_ends = epoch_ends or bool(progress.enough)
                 if line:
@@ -136,19 +145,17 @@ class Trainer(Collector):
 
     def _restored(self) -> checkpoints.Progress:
         """Where the run stands: at its last checkpoint, everything restored, or at its start, measured once."""
-        progress = checkpoints.restore(self.folder.checkpoints, self.trained, self.optimizer, self.scheduler, self.ranks)
+        progress = checkpoints.restore(self.folder.checkpoints, self.source.trained, self.optimizer, self.scheduler, self.ranks)
         if progress is None:
             progress = checkpoints.Progress()
             self._truncate_metrics(0)
-            self._log({keys.STEP: 0, keys.EPOCH: 0.0} | self._measure())
+            self._log({keys.STEP: 0, keys.EPOCH: 0.0} | self.scorer.measure())
         else:
             self.ranks.on_first(lambda: self._check_metrics(progress))
             self._truncate_metrics(progress.metrics_bytes)
             for row in self.ranks.on_first(lambda: self.folder.metrics.read_text(encoding="utf-8").splitlines()):
                 self.watch.read(json.loads(row))
-            if self.objective is not None:
-                self.objective.load_state_dict(progress.schedule["objective"])
-                self.taken = dict(progress.schedule["taken"])
+            self.source.load_state_dict(progress.schedule)
         return progress
 
     def _enough(self, line: dict[str, float]) -> str:
@@ -160,61 +167,46 @@ class Trainer(Collector):
 
     # ---- one step ---------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> Taken:
+    def step(self, step: int) -> StepRecord:
+        """Collect a step's gradients, and let the optimizer step."""
         winners, losers = self.plan.rows(step)
-        taken = Taken()
-        self.probing = self._probes(step)
-        if self.objective is not None:
-            taken.known = self._collect_scheduled(self.objective, taken)
-        elif self.method.per_pair:
-            taken.each = self._collect_each_pair(winners, taken)
-        elif self.method.loss == "kto":
-            self._collect(self._kto_losses(winners, losers, taken), taken)
-        elif self.method.loss != "nll":
-            self._collect(self._pair_losses(winners, taken), taken)
-        else:
-            logps = self._collect_sides(winners, losers, taken)
-            if self.method.weight is not None:
-                whole = {side: self.ranks.sum(values) for side, values in logps.items()}
-                self.optimizer.rule = scaled(self.method.rule, self._weight(winners, whole, taken, share=1 / self.ranks.size))
-        taken.learning_rate = float(self.scheduler.get_last_lr()[0])
+        record = StepRecord()
+        self.source.collect(step, winners, losers, record)
+        record.learning_rate = float(self.scheduler.get_last_lr()[0])
         every = self.job.config.update_cosine_steps
         due = (step + 1) % every == 0 if every else self._measures(step + 1)
         self.optimizer.measure_change = self.method.two_gradients and due
-        with self._probe(winners, losers) if self.probing else nullcontext() as taken.seen:
-            taken.report = self.optimizer.step()
+        with self.source.watched(winners, losers) as record.seen:
+            record.report = self.optimizer.step()
         self.scheduler.step()
-        return taken
+        return record
 
-    def _line(self, taken: Taken, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
+    def line(self, record: StepRecord, signals: Signals, speed: Speed) -> tuple[dict[str, float], int]:
         """The figures of a step, and the signal that asked a process to stop (0: none), in one message between processes."""
-        report = taken.report
+        report = record.report
         assert report is not None
-        line, news = taken.total(self.ranks, self.device, *signals.news())
+        line, news = record.total(self.ranks, self.device, *signals.news())
         tokens, positions = line.pop("tokens"), line.pop("slots")
-        line |= {keys.LEARNING_RATE: taken.learning_rate, keys.GRAD_NORM: report.grad_norm}
+        line |= {keys.LEARNING_RATE: record.learning_rate}
         line |= {keys.SPEED: tokens / speed.seconds_a_step(), keys.PADDING: 1 - tokens / positions}
-        line |= utilization(self.device)
-        if report.skipped:
-            line[keys.SKIPPED] = 1.0
-        if self.method.two_gradients and keys.logps(keys.REJECTED) in line:  # not in a supervised step of a schedule
-            coefficient = report.coefficients
-            assert isinstance(coefficient, tuple)
-            line |= {
-                keys.COSINE: report.cosine,
-                keys.COEFFICIENT: -coefficient[1],
-                keys.PROJECTED: report.projected_fraction,
-                keys.norm(keys.CHOSEN): report.gram.ww**0.5,
-                keys.norm(keys.REJECTED): report.gram.ll**0.5,
-                keys.PARALLEL: float(report.parallel),
-            }
-            if self.method.metric == "optimizer":
-                line[keys.PASSES] = float(report.passes)
-            # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
-            if report.change_cosines is not None and report.change_cosines != (0.0, 0.0):
-                line |= {keys.update_cosine(side): x for side, x in zip(keys.SIDES, report.change_cosines)}
-        line |= taken.known
-        return line | self._entanglement(line, report, taken.seen, taken.each), signals.heard(news)
+        two = self.method.two_gradients and keys.logps(keys.REJECTED) in line  # not in a supervised step of a schedule
+        line |= utilization(self.device) | self._reported(report, two) | record.known
+        self.tensors = report.tensors if two else record.seen.gram if record.seen is not None else None
+        return line | self._entanglement(line, record, two), signals.heard(news)
+
+    def _reported(self, report: StepReport, two: bool) -> dict[str, float]:
+        """What the optimizer says of a step, in one wait for the device; of its two gradients, if it had `two`."""
+        found = report.to_dict()
+        skipped = {keys.SKIPPED: 1.0} if found.pop(keys.SKIPPED) else {}
+        if not two:
+            return {keys.GRAD_NORM: found[keys.GRAD_NORM]} | skipped
+        if self.method.metric == "optimizer":
+            found.setdefault(keys.PASSES, 0.0)
+        cosines = [keys.update_cosine(side) for side in keys.SIDES]
+        # A skipped step, one of learning rate 0 or one between parallel gradients moves nothing and has no direction.
+        if not any(found.get(name, 0.0) for name in cosines):
+            found = {name: value for name, value in found.items() if name not in cosines}
+        return found | skipped
 
     # ---- files ------------------------------------------------------------------------------------------------------------
 
@@ -255,9 +247,8 @@ class Trainer(Collector):
     def _save(self, progress: checkpoints.Progress) -> None:
         if self.ranks.first:
             progress.metrics_bytes, progress.metrics_sha256 = self.folder.metrics.stat().st_size, digest(self.folder.metrics)
-        if self.objective is not None:
-            progress.schedule = {"objective": self.objective.state_dict(), "taken": dict(self.taken)}
-        checkpoints.save(self.folder.checkpoints, progress, self.trained, self.optimizer, self.scheduler, self.ranks)
+        progress.schedule = self.source.state_dict()
+        checkpoints.save(self.folder.checkpoints, progress, self.source.trained, self.optimizer, self.scheduler, self.ranks)
 
     def _exports(self, progress: checkpoints.Progress) -> bool:
         """Whether the model is exported where the run stands now."""
@@ -272,29 +263,26 @@ class Trainer(Collector):
         folder = self._exported(progress)
         figures = {k: v for k, v in line.items() if k.startswith(keys.EVAL)}
         card = model_card(f"{self.job.label}, {folder.name.replace('-', ' ')}", self.job.base, self.job.recipe, figures)
-        export(self.model, self.tokenizer, folder, card, self.ranks)
-        check_export(self, folder)
+        export(self.scorer.model, self.scorer.tokenizer, folder, card, self.ranks)
+        check_export(self.scorer, folder)
 
-    def _entanglement(
-        self, line: dict[str, float], report: StepReport, seen: Probe | None, each: list[Gram]
-    ) -> dict[str, float]:
-        self.tensors = report.tensors if self.method.two_gradients and keys.logps(keys.REJECTED) in line else None
-        if self.tensors is not None:
+    def _entanglement(self, line: dict[str, float], record: StepRecord, two: bool) -> dict[str, float]:
+        """What the step's two gradients say of both log-probabilities, where they are known."""
+        if two:
+            assert self.tensors is not None
             return entanglement(self.tensors)  # with the weights of DPO, whatever the rule makes of the two
-        if each:
-            return probing.over_pairs(each)
-        if seen is None:
+        if record.each:
+            return over_pairs(record.each)
+        if record.seen is None:
             return {}
-        self.tensors = seen.gram
-        names = [keys.weight(side) for side in keys.SIDES]
-        d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(name, math.nan) for name in names)
-        found = entanglement(seen.gram, d_w, d_l)
+        d_w, d_l = (1.0, 0.0) if self.method.loss == "nll" else (line.get(keys.weight(side), math.nan) for side in keys.SIDES)
+        found = entanglement(record.seen.gram, d_w, d_l)
         if math.isnan(d_w):  # the sparse loss weighs tokens, not answers
             found = {k: v for k, v in found.items() if not k.startswith((keys.CONDITION, keys.CASE))}
-        return found | seen.metrics | self._layers()
+        return found | record.seen.metrics | self._layers()
 
     def _layers(self) -> dict[str, float]:
-        return {} if self.tensors is None else probing.layers(self.tensors, self.trained)
+        return {} if self.tensors is None else layers(self.tensors, self.source.trained)
 
 
 def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -307,3 +295,15 @@ def schedule(config: StageConfig, optimizer: Optimizer, steps: int) -> LRSchedul
         raise ValueError(
             f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs} for lr_scheduler_type {config.lr_scheduler_type}: {error}"
         ) from error
+
+
+def layers(tensors: Gram, model: nn.Module) -> dict[str, float]:
+    """`entanglement/layer/<layer>`: the cosine of the two gradients in each layer."""
+    return {f"{keys.LAYER}{layer}": cosine for layer, cosine in by_layer(tensors, model).items()}
+
+
+def over_pairs(numbers: Sequence[Gram]) -> dict[str, float]:
+    """The mean over pairs of what each pair's two gradients say (of conditions: their share), and the most frequent case."""
+    each = [entanglement(gram) for gram in numbers]
+    mean = {key: statistics.fmean(found[key] for found in each) for key in each[0]}
+    return mean | {keys.CASE: statistics.mode(found[keys.CASE] for found in each)}
