@@ -64,7 +64,7 @@ def trainer(batch: int, folder: Path, ranks: Ranks) -> Trainer:
     """The loop over batches of so many pairs."""
     config = ModelConfig(None, SHAPE)
     stage = StageConfig(DataConfig(), train_batch_size=batch, per_device_train_batch_size=PAIRS, learning_rate=1e-5, seed=0)
-    job = Job(folder, "scaling", "scaling", "ogd", stage, pairs(4 * batch), None)
+    job = Job(folder, "scaling", "ogd", stage, pairs(4 * batch), None)
 
     def load() -> Any:
         torch.manual_seed(0)

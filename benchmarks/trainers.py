@@ -154,7 +154,7 @@ def harness(folder: Path, size: str, which: str, data: Preferences, micro: int, 
     folder = folder / which
     folder.mkdir()
     beta = BETA if METHODS[method].beta else None
-    job = Job(folder, method, method, method, config, data, None, beta=beta)
+    job = Job(folder, method, method, config, data, None, beta=beta)
     settings = ModelConfig(None, {}, gradient_checkpointing=which.endswith("_recompute"))
     model = prepare(common.mistral(size), settings, torch.device("cpu"))
     trainer = Trainer(job, model, tok, torch.device("cpu"), False)

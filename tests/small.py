@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from ogdopt_harness.config.schema import DataConfig, ModelConfig, StageConfig
+from ogdopt_harness.config.schema import DataConfig, ModelConfig, PreferenceConfig
 from ogdopt_harness.data.examples import Example, Preferences
 from ogdopt_harness.modeling.build import build_model
 from ogdopt_harness.modeling.tokenizer import train_tokenizer
@@ -51,7 +51,7 @@ def stage(**changes):
     options = dict(
         data=DataConfig(), optimizer="RMSprop", learning_rate=1e-3, warmup_steps=2, num_train_epochs=2, train_batch_size=4
     )
-    return StageConfig(**(options | dict(per_device_train_batch_size=4, max_grad_norm=10.0, seed=1) | changes))
+    return PreferenceConfig(**(options | dict(per_device_train_batch_size=4, max_grad_norm=10.0, seed=1) | changes))
 
 
 def vector(m):

@@ -41,7 +41,7 @@ def run(folder, tok, method, settings=SETTINGS, start=0, **changes):
     data, held_out = small.preferences(tok), small.preferences(tok, seed=5)
     joint = Joint(small.preferences(tok, n=7, seed=3).losers, 0.5, 4) if METHODS[method].schedule else None
     beta = 0.5 if METHODS[method].swept else None
-    job = Job(folder, method, method, method, small.stage(**changes), data, held_out, beta=beta, seed=1, joint=joint)
+    job = Job(folder, method, method, small.stage(**changes), data, held_out, beta=beta, joint=joint)
     model = prepare(small.model(tok, start), settings, CPU, seed=1)
     train(job, model, tok, CPU)
     return model
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_behind_frozen_embeddings(tok):
 
 def test_dropout_is_for_gradients_alone(tok, tmp_path):
     model = stirred(prepare(small.model(tok), SETTINGS, CPU))
-    job = Job(tmp_path, "dpo", "dpo", "dpo", small.stage(), small.preferences(tok), small.preferences(tok, seed=5), beta=0.1)
+    job = Job(tmp_path, "dpo", "dpo", small.stage(), small.preferences(tok), small.preferences(tok, seed=5), beta=0.1)
     trainer = Trainer(job, model, tok, CPU, False)
     rows = small.preferences(tok, seed=5)
     found = trainer.scorer.logps(rows.winners + rows.losers)[0]

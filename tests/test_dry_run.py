@@ -206,7 +206,7 @@ def test_a_histogram_counts_everything_once():
 
 def test_learning_rates_are_those_of_the_run(tok, tmp_path):
     stage = small.stage(lr_scheduler_type="cosine", warmup_ratio=0.4)
-    job = Job(tmp_path, "sft", "sft", "sft", stage, small.preferences(tok), None)
+    job = Job(tmp_path, "sft", "sft", stage, small.preferences(tok), None)
     trainer = Trainer(job, small.model(tok), tok, torch.device("cpu"), False)
     taken = {k + 1: trainer.step(k).learning_rate for k in range(job.plan.steps)}
     shown = dict(dry_run.rates(stage, job.plan.steps))

@@ -253,7 +253,7 @@ def test_steps_cost_time_and_memory_and_a_resumed_run_adds_up(tok, tmp_path):
 def test_without_supervised_rows_or_pairs(method, tok, tmp_path):
     data = small.preferences(tok)
     with pytest.raises(ValueError, match=f"'{method}' trains on supervised rows together with the pairs, and there are none"):
-        Job(tmp_path, "x", "x", method, small.stage(), data, None, beta=0.1)
+        Job(tmp_path, "x", method, small.stage(), data, None, beta=0.1)
     with pytest.raises(ValueError, match=f"'{method}' compares two answers to one prompt, but .* unpaired"):
         job(tmp_path, tok, method, data=Preferences(data.winners, data.losers[:5], paired=False))
 

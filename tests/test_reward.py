@@ -98,12 +98,12 @@ def test_it_learns_goes_on_where_it_was_stopped_and_is_kept(tok, start, tmp_path
             trainer(tmp_path / "parts", start, tok, eval_steps=1, **options).run()
     parts = trainer(tmp_path / "parts", start, tok, seed=9, **options)
     parts.run()
-    assert torch.equal(small.vector(whole.model), small.vector(parts.model))
+    assert torch.equal(small.vector(whole.scorer.model), small.vector(parts.scorer.model))
     last = lines(tmp_path / "whole")[-1]
     assert last["eval_rewards/accuracies"] == 1.0 and last["eval_rewards/margins"] > 0 and last["eval_loss"] < 0.69
     assert not any(key.startswith(("eval_logps", "3d/", "logps")) for key in last)
     again = load_reward_model(small.MODEL, tmp_path / "whole" / "model" / "epoch-4", tok.pad_token_id, 3)
-    assert torch.equal(small.vector(again), small.vector(whole.model))
+    assert torch.equal(small.vector(again), small.vector(whole.scorer.model))
 
 
 def test_mistakes_are_named(tok, start, tmp_path):

@@ -267,7 +267,7 @@ def test_a_run_logs_the_properties_and_warns_once_also_after_a_restart(tok, tmp_
     thresholds = {"chosen_share": 0.6, "unseen_rise": 1e-6}
 
     def train(folder):
-        task = dataclasses.replace(job(tmp_path / folder, tok, "dpo", save_steps=2, eval_steps=1), thresholds=thresholds)
+        task = job(tmp_path / folder, tok, "dpo", save_steps=2, eval_steps=1, warn_at=thresholds)
         Trainer(task, prepare(small.model(tok), small.MODEL, torch.device("cpu")), tok, torch.device("cpu"), False).run()
 
     def interrupted(self, line):

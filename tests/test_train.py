@@ -40,7 +40,7 @@ def job(folder, tok, method="ogd", data=None, joint=None, **changes):
     beta = 0.5 if METHODS[method].beta or method in JOINT else None
     held_out = small.preferences(tok, seed=5)
     streams = Joint(small.preferences(tok, n=7, seed=3).losers, **(OPTIONS | (joint or {}))) if method in JOINT else None
-    return Job(folder, method, method, method, small.stage(**changes), data, held_out, beta=beta, seed=1, joint=streams)
+    return Job(folder, method, method, small.stage(**changes), data, held_out, beta=beta, joint=streams)
 
 
 def run(folder, tok, method="ogd", seed=0, **changes):
@@ -315,6 +315,6 @@ def test_unknown_methods_and_betas_are_refused():
 def test_no_validation_without_held_out_rows(tok, tmp_path):
     model = prepare(small.model(tok), small.MODEL, torch.device("cpu"))
     rows = small.preferences(tok)
-    plain = Job(tmp_path, "s", "s", "sft", small.stage(train_on_prompt=True), Preferences(rows.winners, [], False), None)
+    plain = Job(tmp_path, "s", "sft", small.stage(train_on_prompt=True), Preferences(rows.winners, [], False), None)
     train(plain, model, tok, torch.device("cpu"))
     assert lines(tmp_path)[0] == {"step": 0, "epoch": 0.0}

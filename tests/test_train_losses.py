@@ -33,10 +33,11 @@ def tok(tmp_path_factory):
     return small.tokenizer(tmp_path_factory.mktemp("tok"))
 
 
-def trainer(folder, tok, method, data=None, model=None, job=None, **changes):
+def trainer(folder, tok, method, data=None, model=None, **changes):
     data = data or small.preferences(tok)
-    made = Job(folder, method, method, method, small.stage(**(SGD | changes)), data, small.preferences(tok, seed=5), 0.5, 1)
-    found = Trainer(dataclasses.replace(made, **(job or {})), model or small.model(tok), tok, CPU, False)
+    stage = small.stage(**(SGD | changes))
+    made = Job(folder, method, method, stage, data, small.preferences(tok, seed=5), 0.5)
+    found = Trainer(made, model or small.model(tok), tok, CPU, False)
     found.scorer.load_reference()
     found.scorer.reference = {name: x - 0.5 * (1 + len(name) % 2) for name, x in found.scorer.reference.items()}
     if found.scorer.sparse is not None:
@@ -113,8 +114,11 @@ def sparse_expected(made, tok, model, rows, w):
 
 @pytest.mark.parametrize("kind", ["hidden", "free"])
 def test_the_first_step_of_sparse_descends_its_loss_in_model_and_significance(kind, tok, tmp_path):
-    options = {"sparse": SparseConfig(kind, learning_rate=1e-3, initial=0.2), "loss_args": {"steepness": 5.0, "l1": 0.1}}
-    made = trainer(tmp_path, tok, "sparse", job=options)
+    options = {
+        "sparse": SparseConfig(kind, learning_rate=1e-3, initial=0.2),
+        "loss_args": {"sparse": {"steepness": 5.0, "l1": 0.1}},
+    }
+    made = trainer(tmp_path, tok, "sparse", **options)
     made.shifts = [0.5 * (1 + len("train_tokens") % 2)] * 2
     model = small.model(tok)
     rows = made.plan.rows(0)[0]
@@ -142,8 +146,9 @@ def test_the_first_step_of_sparse_descends_its_loss_in_model_and_significance(ki
 
 
 def test_sparse_prunes_tokens_and_still_learns(tok, tmp_path):
-    given = {"sparse": SparseConfig(learning_rate=3e-3), "loss_args": {"l1": 0.05}, "config": small.stage(num_train_epochs=10)}
-    trainer(tmp_path, tok, "sparse", job=given).run()
+    given = {"sparse": SparseConfig(learning_rate=3e-3), "loss_args": {"sparse": {"l1": 0.05}}, "num_train_epochs": 10}
+    given |= {"optimizer": "RMSprop", "warmup_steps": 2, "max_grad_norm": 10.0, "per_device_train_batch_size": 4}
+    trainer(tmp_path, tok, "sparse", **given).run()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["sparse/w_chosen"] == pytest.approx(0.5) and lines[-1]["sparse/w_chosen"] < 0.25
     assert min(line["sparse/on_rejected"] for line in lines[1:]) < 1.0
@@ -156,8 +161,8 @@ def test_sparse_prunes_tokens_and_still_learns(tok, tmp_path):
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_first_step_of_kto_descends_its_loss_of_pairs_or_not(paired, tok, tmp_path):
     """The divergence is the mean log-ratio of mismatched answers, the same for all micro-batches."""
-    options = {"loss_args": {"undesirable_weight": 2.0}}
-    made = trainer(tmp_path, tok, "kto", data=small.preferences(tok, paired=paired), job=options)
+    options = {"loss_args": {"kto": {"undesirable_weight": 2.0}}}
+    made = trainer(tmp_path, tok, "kto", data=small.preferences(tok, paired=paired), **options)
     made.scorer.reference["train_mismatched"] -= 3.0
     model, data = small.model(tok), made.job.data
     rows = made.plan.rows(0)
@@ -196,7 +201,7 @@ def test_mismatched_rows_are_no_longer_than_the_longest(tok):
 
 
 def test_hyper_parameters_of_losses_reach_them(tok, tmp_path):
-    made = trainer(tmp_path, tok, "simpo", job={"loss_args": {"simpo_gamma": 3.0}})
+    made = trainer(tmp_path, tok, "simpo", loss_args={"simpo": {"simpo_gamma": 3.0}})
     model = small.model(tok)
     loss = simpo(parts_without_reference(made, tok, model), beta=0.5, simpo_gamma=3.0).mean()
     assert moved(made, tok)[1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -251,7 +256,7 @@ def test_two_gradients_speak_at_every_step(method, tok, tmp_path):
 @pytest.mark.parametrize("method", ["dpo", "simpo", "kto", "sft", "sparse"])
 def test_one_gradient_is_probed_now_and_then(method, tok, tmp_path):
     """What the two gradients say, with the weights of the loss at hand, and what the step did to both log-probabilities."""
-    made = trainer(tmp_path, tok, method, job={"probe_steps": 2}, learning_rate=1e-5)
+    made = trainer(tmp_path, tok, method, probe_steps=2, learning_rate=1e-5)
     model = small.model(tok)
     pairs, _ = parts(made, tok, model) if METHODS[method].reference else (parts_without_reference(made, tok, model), 0)
     numbers = gram(*(gradients(model, c.logp.mean()) for c in pairs[:2]))
@@ -278,13 +283,13 @@ def test_a_probe_changes_nothing(method, tok, tmp_path):
         model = prepare(small.model(tok), dataclasses.replace(small.MODEL, lora=LoraConfig(r=2)), CPU, seed=1)
         folder = tmp_path / str(every)
         data = small.preferences(tok)
-        train(Job(folder, "x", "x", method, small.stage(), data, None, 0.5, 1, probe_steps=every), model, tok, CPU)
+        train(Job(folder, "x", method, small.stage(probe_steps=every), data, None, 0.5), model, tok, CPU)
         ends.append(small.vector(model))
     assert torch.equal(*ends)
 
 
 def test_layers_are_logged_where_held_out_rows_are_measured(tok, tmp_path):
-    job = Job(tmp_path, "ogd", "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
+    job = Job(tmp_path, "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
     train(job, small.model(tok), tok, CPU)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "entanglement/layer/0" in line] == [3, 6]
@@ -294,7 +299,7 @@ def test_layers_are_logged_where_held_out_rows_are_measured(tok, tmp_path):
 
 def test_layers_in_the_report(tok, tmp_path):
     """One curve a run, the mean over its logged steps, from what training wrote; layers without number are left out."""
-    job = Job(tmp_path, "ogd", "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
+    job = Job(tmp_path, "ogd", "ogd", small.stage(eval_steps=3), small.preferences(tok), small.preferences(tok, seed=5))
     train(job, small.model(tok), tok, CPU)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     ((x, y),) = layers({"ogd": [SimpleNamespace(metrics=lines)]})["ogd"]

@@ -63,9 +63,9 @@ def vector(model):
 def trainer(folder, tok, what, method, ranks=ALONE, model_seed=0, **changes):
     options = dict(num_train_epochs=3, save_steps=1, eval_steps=3) | OPTIONS[what] | changes
     folder.mkdir(parents=True, exist_ok=True)
+    options |= {"probe_steps": 2 if what == "probed" else None}
+    options |= {"sparse": SparseConfig("free" if what == "free" else "hidden")}
     made: Job = job(folder, tok, method, small.preferences(tok, n=13), **options)
-    significance = SparseConfig("free" if what == "free" else "hidden")
-    made = dataclasses.replace(made, probe_steps=2 if what == "probed" else None, sparse=significance)
     kind = RewardTrainer if METHODS[method].reward else Trainer
     model = prepare(outlined(lambda: start(folder, tok, kind, model_seed), ranks), settings(what), CPU, 0, ranks)
     return kind(made, model, tok, CPU, False, None, ranks)

@@ -19,7 +19,7 @@ from ogdopt_harness.common.keys import EPOCHS, SECONDS, STEPS, STREAMS, measured
 from ogdopt_harness.common.ranks import ALONE, Ranks
 from ogdopt_harness.common.run_folder import RunFolder, StudyFolder
 from ogdopt_harness.config.located import located
-from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, StageConfig, as_dict
+from ogdopt_harness.config.schema import Config, DataConfig, ModelConfig, PreferenceConfig, StageConfig, as_dict
 from ogdopt_harness.data.examples import Example, Preferences, load_preferences, load_sft, texts
 from ogdopt_harness.data.world import make_world
 from ogdopt_harness.evaluation.kept import fingerprint_of, settled
@@ -80,12 +80,19 @@ class SeedStudy:
         self.ranks.on_first(lambda: record(folder.path, sections, facts | {"seed": config.sft.seed}))
         if not self._done(folder):
             if self._epochs(config.sft):
-                recipe = as_dict(config.sft)
-                data = Preferences(self._supervised_rows["train"], [], paired=False)
-                held_out = self._supervised_rows.get("eval", [])
-                job = Job(folder.path, folder.name, f"[seed {self.seed}] SFT", "sft", config.sft, data, None)
-                job = dataclasses.replace(job, seed=config.sft.seed, base=self._base_words, recipe=recipe, validation=held_out)
-                job = dataclasses.replace(job, report_to=self.report_to, project=config.study.name)
+                job = Job(
+                    folder.path,
+                    f"[seed {self.seed}] SFT",
+                    "sft",
+                    config.sft,
+                    Preferences(self._supervised_rows["train"], [], paired=False),
+                    held_out=None,
+                    base=self._base_words,
+                    recipe=as_dict(config.sft),
+                    validation=self._supervised_rows.get("eval", []),
+                    report_to=self.report_to,
+                    project=config.study.name,
+                )
                 model = self._prepared(self._fresh_model, config.model.at_stage("sft"), config.sft.seed)
                 train(job, model, self.tokenizer, self.device, config.model.bf16, ranks=self.ranks)
             else:
@@ -140,30 +147,24 @@ class SeedStudy:
         spec: RunSpec,
         facts: dict[str, Any],
         recipe: dict[str, Any],
-        optima: dict[str, float] | None = None,
-        **changes: Any,
+        optimum: PreferenceConfig | None = None,
     ) -> None:
+        """Train one run. With the settings of `optimum` it minimizes one objective, to find its optimum."""
         config, rows = self.config, self._preference_rows
-        joint = None if spec.weight is None else self._joint(spec, optima)
+        joint = None if spec.weight is None else self._joint(spec, {} if optimum else self.optima)
         fresh = joint is not None and config.joint.start == "base"
         job = Job(
             folder.path,
-            spec.name,
             f"[seed {self.seed}] {spec.label}",
             spec.method,
-            dataclasses.replace(config.preference, **changes),
+            optimum or config.preference,
             rows["train"],
             rows.get("eval"),
             beta=facts["beta"],
-            seed=config.preference.seed,
             base=self._base_words if fresh else str(self.start),
             recipe={k: v for k, v in facts.items() if k in ("method", "beta", "lambda", "evaluate_every")} | recipe,
             validation=self._joint_rows.get("eval", []) if joint else (),
             joint=joint,
-            thresholds=config.preference.warn_at,
-            loss_args=config.preference.loss_args.get(spec.method, {}),
-            sparse=config.preference.sparse,
-            probe_steps=config.preference.probe_steps,
             report_to=self.report_to,
             project=config.study.name,
         )
@@ -183,18 +184,18 @@ class SeedStudy:
         seed = config.preference.seed if seed is None else seed
         return prepare(outlined(load, self.ranks), settings or config.model, self.device, seed, self.ranks)
 
-    def _joint(self, spec: RunSpec, optima: dict[str, float] | None) -> Joint:
-        """The supervised stream of a joint run, and what it goes by. `optima` are given to the runs that find them."""
+    def _joint(self, spec: RunSpec, optima: dict[str, float]) -> Joint:
+        """The supervised stream of a joint run, and what it goes by. The runs that find optima have none, and do not stop."""
         joint = self.config.joint
         assert spec.weight is not None
         return Joint(
             self._joint_rows["train"],
             spec.weight,
             joint.train_batch_size or self.config.preference.train_batch_size,
-            self.optima if optima is None else optima or None,
+            optima or None,
             spec.evaluate_every or 1,
             joint.objective_rows,
-            joint.stop_gap if optima is None else None,
+            joint.stop_gap if optima else None,
             self._good_enough(spec),
         )
 
@@ -214,7 +215,8 @@ class SeedStudy:
             self._record(folder, facts | {"lambda": weight}, stage, joint)
             if not self._done(folder):
                 epochs = self.config.joint.optima_epochs or self.config.preference.num_train_epochs
-                self._train(folder, spec, facts, stage | {"joint": joint}, {}, num_train_epochs=epochs, export="last")
+                alone = dataclasses.replace(self.config.preference, num_train_epochs=epochs, export="last")
+                self._train(folder, spec, facts, stage | {"joint": joint}, optimum=alone)
             found[name] = self.ranks.on_first(lambda folder=folder, name=name: least(folder, measured(objective(name))))
         self.ranks.on_first(lambda: write_json(self.home.optima, sealed(found)))
         return found

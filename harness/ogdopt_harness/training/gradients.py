@@ -57,7 +57,9 @@ class GradientSource:
         try:
             groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
             if self.sparse is not None:
-                groups.append({"params": list(self.sparse.significance.parameters()), "lr": self.job.sparse.learning_rate})
+                groups.append(
+                    {"params": list(self.sparse.significance.parameters()), "lr": self.job.preference.sparse.learning_rate}
+                )
             base = getattr(torch.optim, config.optimizer)(groups, lr=config.learning_rate, **options)
             return PairedGradient(
                 base,
@@ -298,7 +300,7 @@ class GradientSource:
             yield losses.sum() / len(indices) * micro.counts
 
     def _probes(self, step: int) -> bool:
-        every, method = self.job.probe_steps, self.method
+        every, method = self.job.preference.probe_steps, self.method
         both = self.job.data.paired or method.loss == "kto"
         return bool(every and step % every == 0 and both) and not (method.two_gradients or method.per_pair or method.schedule)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ogdopt_harness.common.keys import PREFERENCE, SFT
-from ogdopt_harness.config.schema import SparseConfig, StageConfig
+from ogdopt_harness.config.schema import PreferenceConfig, StageConfig
 from ogdopt_harness.data.examples import Example, Preferences, order
 from ogdopt_harness.training.joint import Joint
 from ogdopt_harness.training.methods import METHODS
@@ -21,7 +21,6 @@ class Job:
     """One training run: what to train, on what, how, and where its files go."""
 
     directory: Path
-    name: str
     label: str
     method: str
     config: StageConfig
@@ -29,7 +28,7 @@ class Job:
     held_out: Preferences | None
     """Pairs whose log-probabilities are followed; None: none."""
     beta: float | None = None
-    seed: int = 0
+    """The one of `preference.beta`, or that of a joint run."""
     base: str = ""
     """What the model starts from, for the model card."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -37,13 +36,6 @@ class Job:
     """Held-out supervised examples whose loss is measured."""
     joint: Joint | None = None
     """The supervised stream of a method with a schedule."""
-    thresholds: dict[str, float] = field(default_factory=dict)
-    """Where the 3D-properties warn, by names of `ogdopt.three_d.Thresholds`."""
-    loss_args: dict[str, Any] = field(default_factory=dict)
-    """Hyper-parameters of the method's loss besides beta."""
-    sparse: SparseConfig = field(default_factory=SparseConfig)
-    probe_steps: int | None = None
-    """Look into every so many steps of a method of one gradient (`preference.probe_steps`)."""
     report_to: Sequence[str] = ()
     """Names of experiment trackers (`ogdopt_harness.training.trackers`)."""
     project: str = ""
@@ -65,6 +57,21 @@ class Job:
                 f"method {self.method!r} needs preferred and rejected completions, and there are {len(self.data.winners)} and "
                 f"{len(self.data.losers)}; give rows of both labels"
             )
+
+    @property
+    def seed(self) -> int:
+        """What the order of rows and the generators begin with."""
+        return self.config.seed
+
+    @property
+    def preference(self) -> PreferenceConfig:
+        """The settings that methods of preference tuning read; the defaults in the supervised stage."""
+        return self.config if isinstance(self.config, PreferenceConfig) else PreferenceConfig()
+
+    @property
+    def loss_args(self) -> dict[str, Any]:
+        """Hyper-parameters of the method's loss other than beta."""
+        return self.preference.loss_args.get(self.method, {})
 
     @property
     def plan(self) -> Plan:

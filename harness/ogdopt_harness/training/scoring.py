@@ -63,7 +63,7 @@ class Scorer:
         self.sparse: SparseTerm | None = None
         if self.method.loss == "sparse":
             size = bare(model).config.hidden_size
-            self.sparse = SparseTerm(job.sparse, job.data, size, job.config.train_on_prompt, device, ranks)
+            self.sparse = SparseTerm(job.preference.sparse, job.data, size, job.config.train_on_prompt, device, ranks)
         self.reference: dict[str, Tensor] = {}
 
     def micro_batches(self, examples: Sequence[Example], record: StepRecord | None = None, answers: int = 1) -> list[Micro]:

@@ -84,7 +84,7 @@ class Trainer:
         self.folder = RunFolder(job.directory)
         self.tensors: Gram | None = None
         """What the last step's two gradients were, tensor by tensor, where there were two."""
-        self.watch = ThreeD(Thresholds(**job.thresholds))
+        self.watch = ThreeD(Thresholds(**job.preference.warn_at))
         run = "/".join(job.directory.parts[-2:])
         names = job.report_to if self.ranks.first else ()
         self.trackers = Trackers(names, job.project, run, job.directory, {"method": job.method} | job.recipe)
