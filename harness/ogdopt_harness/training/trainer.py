@@ -305,5 +305,6 @@ def layers(tensors: Gram, model: nn.Module) -> dict[str, float]:
 def over_pairs(numbers: Sequence[Gram]) -> dict[str, float]:
     """The mean over pairs of what each pair's two gradients say (of conditions: their share), and the most frequent case."""
     each = [entanglement(gram) for gram in numbers]
-    mean = {key: statistics.fmean(found[key] for found in each) for key in each[0]}
+    names = dict.fromkeys(name for found in each for name in found)  # not every pair has all of them
+    mean = {name: statistics.fmean(found[name] for found in each if name in found) for name in names}
     return mean | {keys.CASE: statistics.mode(found[keys.CASE] for found in each)}
