@@ -72,7 +72,7 @@ def test_many_processes_take_the_steps_of_one(case, ranks, worlds, tok, tmp_path
     one = training.run(tmp_path / "one", tok, *case.split(":"))
     for found in worlds(case, ranks):
         agree(found, one)
-    start = training.vector(training.trainer(tmp_path / "start", tok, *case.split(":")).model)
+    start = training.vector(training.trainer(tmp_path / "start", tok, *case.split(":")).scorer.model)
     assert (torch.tensor(one["parameters"]) - start).abs().max() > 1e-3  # so that an agreement to 1e-6 says something
 
 
@@ -113,7 +113,7 @@ def test_a_step_has_few_messages_and_logging_it_one(method, messages, worlds):
             own = {name: n for name, n in found[step][0].items() if not name.endswith("_base_")}
             assert own == {"allreduce_": expected}
         assert found["logging"][0] == {"allreduce_": 1}
-        assert found["logging"][1] == 1 or method == "ogd"  # a report's numbers are on the host already
+        assert found["logging"][1] <= 1 or method == "ogd"  # figures of a step are read at once
         assert found["between"] == [{}, 0]  # steps that are not logged have no messages
         forwards = 2 if method == "ogd" else 1
         assert found["step"][1] - forwards * found["scoring"][1] <= 2
