@@ -69,7 +69,8 @@ def start(
     alone = processes == 1
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     words = [word for name, value in {**OPTIONS, **changes}.items() for word in (f"--{name}", value)]
-    command = [sys.executable, *([] if alone else starter), str(program), "--study.output_dir", str(folder), *words]
+    command = [sys.executable, *([] if alone else starter), str(program), "--config", "miniature"]
+    command += ["--study.output_dir", str(folder), *words]
     environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)

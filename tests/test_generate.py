@@ -151,7 +151,7 @@ def test_answers_made_otherwise_are_not_mixed(model, tmp_path):
     with pytest.raises(ValueError, match="max_new_tokens was 6 and is 5"):
         answered(model, prompts, tmp_path / "out", max_new_tokens=5)
     write_rows(tmp_path / "prompts.jsonl", [ROWS["prompts"][0], {"id": 7, "prompt": "be kind"}])
-    with pytest.raises(ValueError, match="answers another prompt of the id '7'"):
+    with pytest.raises(ValueError, match="was made with other settings: prompts_sha256 was"):
         answered(model, prompts, tmp_path / "out")
 
 

@@ -22,7 +22,8 @@ RUNS = ["sft", "dpo_beta0.1", "ogd"]
 
 
 def command(folder, *extra):
-    return [sys.executable, str(ROOT / "harness" / "run.py"), "--study.output_dir", str(folder), *TINY, *extra]
+    recipe = ["--config", "miniature"]
+    return [sys.executable, str(ROOT / "harness" / "run.py"), *recipe, "--study.output_dir", str(folder), *TINY, *extra]
 
 
 def start(folder, *extra):

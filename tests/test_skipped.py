@@ -19,18 +19,18 @@ def tok(tmp_path_factory):
 
 
 def job(tmp_path, tok, **changes):
-    return Job(tmp_path / "run", "dpo", "DPO", "dpo", small.stage(**changes), small.preferences(tok), None, beta=0.1)
+    return Job(tmp_path / "run", "DPO", "dpo", small.stage(**changes), small.preferences(tok), None, beta=0.1)
 
 
 def broken(monkeypatch, steps):
     """Let the losses of these steps be NaN: their beta is."""
-    step = Trainer._step
+    step = Trainer.step
 
     def spoilt(self, number):
         self.job.beta = float("nan") if number in steps else 0.1
         return step(self, number)
 
-    monkeypatch.setattr(Trainer, "_step", spoilt)
+    monkeypatch.setattr(Trainer, "step", spoilt)
 
 
 @pytest.mark.parametrize(("limit", "message"), [(3, "the last 3 steps, up to step 3,"), (20, "all 6 steps of DPO")])

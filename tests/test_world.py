@@ -274,5 +274,5 @@ def test_newcomers_are_told_of_in_files_of_their_own(tmp_path: Path) -> None:
 
 
 def test_there_are_names_for_so_many_newcomers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"world\.newcomers is 960; expected at most 952 beside world\.people 48"):
+    with pytest.raises(ValueError, match=r"world\.newcomers is 960; expected at most 952 besides world\.people 48"):
         make_world(WorldConfig(newcomers=960), tmp_path)

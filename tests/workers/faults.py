@@ -5,6 +5,7 @@ That is between its tensors and what vouches for them; started again by the laun
 
 import os
 import signal
+import sys
 
 from ogdopt_harness import cli
 from ogdopt_harness.training import checkpoints
@@ -28,6 +29,6 @@ def kill_in_save():
 if __name__ == "__main__":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         kill_in_save()
-    status = cli.answer()
+    status = cli.answer(sys.argv[1:])
     print(f"this process ends with {status}", flush=True)
     os._exit(status)
