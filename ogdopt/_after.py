@@ -44,9 +44,8 @@ def step_base(setup: Setup, mixture: Mixture | None, report: StepReport) -> None
         scale = report.scale * mixture.factor
         driven = mixture.factor.item() if report.inexact else None
         ranks = shared([entry.p for entry in entries], options.process_group)
-        own_metric.correct(
-            setup.base, entries, setup.block_sizes(), report.a * scale, report.b * scale, ranks, driven
-        )  # fmt: skip
+        a, b = report.a * scale, report.b * scale
+        own_metric.correct(setup.base, entries, setup.block_sizes(), a, b, ranks, driven)
     if options.measure_change:
         clips = setup.clips(report) * mixture.factor
         a, b = (x * clips for x in setup.coefficients(report))

@@ -137,13 +137,13 @@ class Mixing:
         """Put the mixture into p.grad."""
         setup, sides = self.setup, self.sides
         a, b = setup.coefficients(report)
-        if clip:
-            a, b = a * setup.clips(report), b * setup.clips(report)
+        clips = setup.clips(report) if clip else torch.ones_like(a)
+        a, b = a * clips, b * clips
         alone = [e if e.w is not None or _nothing(e) else e._replace(w=torch.zeros_like(e.p)) for e in entries]
         present = [(k, e) for k, e in enumerate(alone) if e.w is not None]
         places = [k for k, _ in present]
         if report.joint is not None:
-            self._mix_jointly(present, a, b, setup.further(report) * (setup.clips(report)[:, None] if clip else 1.0))
+            self._mix_jointly(present, a, b, setup.further(report) * clips[:, None])
         elif not setup.compiled(fused_forms.mix, [e.w for _, e in present], [e.l for _, e in present], a[places], b[places]):
             cancels = a.device.type != "cpu" or report.blocks.cancels(report.a, report.b)
             mix_all([e.w for _, e in present if e.w is not None], [e.l for _, e in present], a[places], b[places], cancels)
@@ -181,7 +181,8 @@ class Mixing:
         if why:
             setup.tell_unfused(why)
             return False
-        a, b = (x * setup.clips(report) for x in setup.coefficients(report))
+        clips = setup.clips(report)
+        a, b = (x * clips for x in setup.coefficients(report))
         watched = options.measure_change and self.sides.loser is not None
         before = _after.copies(entries) if watched else []
         if not setup.compiled(fused_forms.step, setup.base, entries, a, b):
